@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import array
 import codecs
 import collections
 import contextlib
@@ -17,14 +16,12 @@ import contextvars
 import ctypes
 import dataclasses
 import difflib
-import enum
 import errno
 import fnmatch
 import functools
 import hashlib
 import heapq
 import importlib.util
-import io
 import itertools
 import json
 import logging
@@ -32,7 +29,6 @@ import math
 import os
 import queue
 import re
-import select
 import shutil
 import signal
 import socket
@@ -44,9 +40,18 @@ import threading
 import time
 import urllib.parse
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from collections.abc import Set as AbstractSet
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
@@ -60,19 +65,8 @@ from typing import (
     Literal,
     NamedTuple,
     Protocol,
-    TextIO,
-    TypeVar,
-    cast,
-)
-    TYPE_CHECKING,
-    Annotated,
-    ClassVar,
-    Final,
-    Generic,
-    Literal,
-    NamedTuple,
-    Protocol,
     Self,
+    TextIO,
     TypeVar,
     cast,
 )
@@ -985,7 +979,7 @@ class _Reader:
 
 def find_nearest(word: str, known: Iterable[str]) -> str | None:
     """Return the word of `known` that `word` may have been meant to be."""
-    near = difflib.get_close_matches(word[:_NAME_LIMIT], list(known), n=1)
+    near = difflib.get_close_matches(word[:_NAME_LIMIT], list(itertools.islice(known, 1000)), n=1)  # difflib is slow
     return near[0] if near else None
 
 
@@ -1448,7 +1442,8 @@ def extend_rules(rules: Iterable[Rule]) -> tuple[tuple[Rule, ...], tuple[ConfigP
         while (extends := chain[-1].extends) is not None and problem is None:
             base = _find_base(chain[-1], by_name.get(extends, ()))
             if base is None:
-                problem, hint = f"no config is named {extends}", find_nearest(extends, by_name)
+                problem = f"no other config of this layer or a lower one is named {extends}"
+                hint = find_nearest(extends, (name for name in by_name if name != extends))
             elif any(base is link for link in chain):
                 problem = f"goes in a circle: {' -> '.join(link.name for link in (*chain, base))}"
             else:
@@ -1516,6 +1511,7 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     serves: frozenset[str] = frozenset()  # canonical API paths; empty: cannot be served
     problem: str | None = None  # why it cannot be served
     alias_names: tuple[tuple[str, str | None], ...] = ()  # (alias, description) from aliases.json
+    architecture: str = ""  # from the header; what a rule's `backend` is held against
 
 
 # -- files --
@@ -1576,7 +1572,9 @@ class Inventory:
         """Return the files that `sha` means by what they can do for the API path; kept for the next time."""
         fit = self._fits.get((sha, path))
         if fit is None:
-            fit = self._fits[sha, path] = self._fit(sha, path)
+            fit = self._fit(sha, path)
+            if fit is not _NO_FIT:  # the many that are absent are found as fast anew
+                self._fits[sha, path] = fit
         return fit
 
     def _fit(self, sha: str, path: str) -> _Fit:
@@ -1619,7 +1617,7 @@ def _may_serve(file: FileEntry, path: str) -> bool:
 
 
 _QUANTISATION: Final = re.compile(
-    r"[-._](?:i1[-._])?(?:ud[-._])?(?:i?q\d(?:[-_][a-z0-9]{1,2})*|tq\d_\d|mxfp4(?:_moe)?|b?f16|f32|fp16|fp32|bf16)$"
+    r"[-._](?:i1[-._])?(?:ud[-._])?(?:i?q\d(?:_[a-z0-9]{1,3})*|tq\d_\d|mxfp4(?:_moe)?|b?f16|f32|fp16|fp32|bf16)$"
 )
 _SPLIT: Final = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -1950,8 +1948,12 @@ def _explain_fields(rule: Rule) -> dict[str, ExplainedField]:
     for name in dict.fromkeys((*rule.given, "names", "shas")):
         source = next((getattr(rule, section) for section, own in _SECTIONS.items() if name in own), rule)
         layer, file = rule.origins.get(name, (rule.layer, rule.file))
-        fields[name] = ExplainedField(value=msgspec.to_builtins(getattr(source, name)), layer=layer, file=file)
+        value = msgspec.json.decode(msgspec.json.encode(getattr(source, name)))  # structs -> plain values
+        fields[name] = ExplainedField(value=value, layer=layer, file=file)
     return fields
+
+
+_BACKENDS: Final = ("llama.cpp", "llama-cpp", "llamacpp")  # what runs every model here
 
 
 def _notes(resolution: Resolution) -> Iterator[str]:
@@ -1963,12 +1965,17 @@ def _notes(resolution: Resolution) -> Iterator[str]:
     patterns = table.find_patterns(name)
     if patterns and any(name in candidate.rule.names for candidate in table.candidates(path, name)):
         yield f"an exact name wins over a glob, so {', '.join(patterns[:_NAMED_AT_MOST])} was not looked at"
-    if (
-        rule is not None
-        and rule.expected_file is not None
-        and resolution.file not in (found := resolution.inventory.find(rule.expected_file))
-    ):
-        yield f"the rule speaks of {rule.expected_file}, which " + ("has another SHA" if found else "is not there")
+    if rule is None or resolution.file is None:
+        return
+    if rule.expected_file is not None:
+        expected = resolution.inventory.find(rule.expected_file)
+        if resolution.file not in expected:
+            yield f"the rule speaks of {rule.expected_file}, which " + (
+                "has another SHA" if expected else "is not there"
+            )
+    known = {*_BACKENDS, resolution.file.architecture}
+    if rule.backend is not None and rule.backend.lower() not in known and resolution.file.architecture:
+        yield f"the rule says backend {rule.backend}, the header says {resolution.file.architecture}, which holds"
 
 
 def render_explanation(explanation: Explanation) -> str:
@@ -3220,14 +3227,17 @@ class ChunkRenderer:
 # template ends, small and soon, or fails with `TemplateFailed`.
 
 TEMPLATE_SOURCE_CHARS: Final = 256 * 1024
-TEMPLATE_CHARS: Final = 8 * 1024 * 1024  # that one rendering may make, beside ...
+TEMPLATE_CHARS: Final = 8 * 1024 * 1024  # of the largest value that a rendering may make, beside ...
 TEMPLATE_CHARS_PER_INPUT: Final = 32  # ... this for each character of the messages
-TEMPLATE_CPU_S: Final = 2.0  # of one rendering; chats need a thousandth of it
+TEMPLATE_CHARS_MADE: Final = 512 * 1024 * 1024  # of all values together, however long the chat
+TEMPLATE_CPU_S: Final = 2.0  # of one rendering; chats need a thousandth of it, but ...
+TEMPLATE_CPU_S_PER_PAIR: Final = 5e-6  # ... some templates look from each message at all others
+TEMPLATE_CPU_S_MOST: Final = 10.0
 PROBE_CPU_S: Final = 0.2  # of one rendering that tries a template out
 NODE_CHARS: Final = 64  # what a value that is no text counts for: about its bytes
 INTEGER_BITS: Final = 256
 JSON_INDENT: Final = 16
-SEARCHED_CHARS: Final = 256  # what `strip` and `rfind` may be given: their work is this times the text's length
+SEARCHED_CHARS: Final = 256  # what the likes of `strip` and `rfind` may be given: it multiplies their work
 OPS_PER_LOOK: Final = 32  # charges between two looks at the clock
 
 RULE_CHAT_TEMPLATE: Final = "template.chat of the rule"
@@ -3253,11 +3263,13 @@ class _Meter:
 
     __slots__ = ("_ops", "_weights", "chars_left", "deadline_s", "limit", "now")
 
-    def __init__(self, *, input_chars: int, now: float | None, limit_s: float) -> None:
-        self.limit = TEMPLATE_CHARS + TEMPLATE_CHARS_PER_INPUT * input_chars  # of all values together, and of any one
-        self.chars_left = self.limit
+    def __init__(self, *, input_chars: int, messages: int, now: float | None, limit_s: float) -> None:
+        self.limit = TEMPLATE_CHARS + TEMPLATE_CHARS_PER_INPUT * input_chars  # of one value
+        # Some templates append message after message to one text, and so make all of the beginnings of the chat.
+        self.chars_left = min(self.limit + 4 * messages * input_chars, TEMPLATE_CHARS_MADE)
         self.now = now  # seconds since the epoch, for strftime_now
-        self.deadline_s = time.thread_time() + limit_s
+        cpu_s = min(limit_s + TEMPLATE_CPU_S_PER_PAIR * messages * messages, TEMPLATE_CPU_S_MOST)
+        self.deadline_s = time.thread_time() + cpu_s
         self._ops = 0
         self._weights: dict[int, tuple[object, int]] = {}  # id -> (container, weight); it must live for its id to hold
 
@@ -3315,7 +3327,7 @@ class _Meter:
             weight += self.weigh(value)
             if weight > self.limit:
                 raise SecurityError("it makes too large a list")
-            self.charge(NODE_CHARS)
+            self.charge(8)
             items.append(value)
         return items
 
@@ -3329,7 +3341,7 @@ class _InsertMeters(jinja2.visitor.NodeTransformer):
     def visit_For(self, node: jinja2.nodes.For | jinja2.nodes.Macro | jinja2.nodes.CallBlock) -> jinja2.nodes.Node:
         chars = sum(len(constant.data) for constant in node.find_all(jinja2.nodes.TemplateData))
         self.generic_visit(node)
-        tick = self._call("tick", node, jinja2.nodes.Const(chars + NODE_CHARS))
+        tick = self._meter("tick", jinja2.nodes.Const(chars + NODE_CHARS, lineno=node.lineno))
         node.body.insert(0, jinja2.nodes.ExprStmt(tick, lineno=node.lineno))
         return node
 
@@ -3339,31 +3351,48 @@ class _InsertMeters(jinja2.visitor.NodeTransformer):
         self.generic_visit(node)
         stored = isinstance(node, jinja2.nodes.Tuple) and node.ctx == "store"
         constant = all(isinstance(item, jinja2.nodes.Const) for item in node.items)
-        return node if stored or constant else self._call("made", node, node)
+        return node if stored or constant else self._meter("made", node)
 
     visit_Tuple = visit_Dict = visit_List
 
     def visit_Compare(self, node: jinja2.nodes.Compare | jinja2.nodes.Test) -> jinja2.nodes.Node:
         self.generic_visit(node)
-        return self._call("made", node, node)
+        return self._meter("made", node)
 
     visit_Test = visit_Compare
 
     def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
         self.generic_visit(node)
-        return self._call("joined", node, *node.nodes)
+        return self._meter("joined", *node.nodes)
 
     def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:
         self.generic_visit(node)
-        return self._call("made", node, node) if isinstance(node.arg, jinja2.nodes.Slice) else node
+        return self._meter("made", node) if isinstance(node.arg, jinja2.nodes.Slice) else node
 
     def visit_ScopedEvalContextModifier(self, node: jinja2.nodes.Node) -> jinja2.nodes.Node:
         raise jinja2.TemplateSyntaxError("autoescape has no place in a prompt", node.lineno)
 
-    def _call(self, method: str, node: jinja2.nodes.Node, *values: jinja2.nodes.Expr) -> jinja2.nodes.Call:
-        """Return a call of one of the environment's methods, which no variable of the template can hide."""
-        called = jinja2.nodes.EnvironmentAttribute(method)
-        return jinja2.nodes.Call(called, list(values), [], None, None, lineno=node.lineno)
+    def _meter(self, name: str, value: jinja2.nodes.Expr, *others: jinja2.nodes.Expr) -> jinja2.nodes.Filter:
+        """Return a filter that no template can name: jinja2 compiles filters to plain calls, which are fast."""
+        return jinja2.nodes.Filter(value, f"meter {name}", list(others), [], None, None, lineno=value.lineno)
+
+
+def _tick(chars: int) -> None:
+    """Charge one round of a loop or a macro, and what it prints that is constant."""
+    _METER.get().charge(chars)
+
+
+def _made(value: object) -> object:
+    """Charge a new value and return it."""
+    _METER.get().charge_value(value)
+    return value
+
+
+def _joined(*parts: object) -> str:
+    """Return `a ~ b ~ c`."""
+    meter = _METER.get()
+    meter.charge(sum(map(meter.weigh, parts)))
+    return "".join(map(str, parts))
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -3388,29 +3417,13 @@ class _TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """Compile the rewritten template (a hook of jinja2's)."""
         return super()._generate(_InsertMeters().visit(source), name, filename, defer_init)
 
-    def tick(self, chars: int) -> None:
-        """Charge one round of a loop."""
-        _METER.get().charge(chars)
-
-    def made(self, value: object) -> object:
-        """Charge a new value and return it."""
-        _METER.get().charge_value(value)
-        return value
-
-    def joined(self, *parts: object) -> str:
-        """Return `a ~ b ~ c`."""
-        _METER.get().charge_text(parts)
-        return "".join(map(str, parts))
-
     def call(self, context: jinja2.runtime.Context, called: object, /, *args: object, **kwargs: object) -> object:
         """Call a function, a macro or a harmless method, and charge its result."""
         owner = getattr(getattr(called, "__wrapped__", called), "__self__", None)
-        if owner is self:
-            return super().call(context, called, *args, **kwargs)
         _METER.get().charge(NODE_CHARS)
         if isinstance(owner, (str, bytes, int, float, list, tuple, dict, range, type)):
             args = _charge_method(owner, getattr(called, "__name__", ""), args, kwargs)
-        return self.made(super().call(context, called, *args, **kwargs))
+        return _made(super().call(context, called, *args, **kwargs))
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: object, right: object) -> object:
         """Charge what an operator would make, then use it."""
@@ -3421,7 +3434,7 @@ class _TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 if isinstance(sequence, (str, list, tuple)) and isinstance(times, int):
                     size = 1 if isinstance(sequence, str) else NODE_CHARS
                     _METER.get().charge(len(sequence) * max(times, 0) * size)
-        return self.made(super().call_binop(context, operator, left, right))
+        return _made(super().call_binop(context, operator, left, right))
 
 
 _METHODS: Final = (  # of texts, numbers and containers
@@ -3429,6 +3442,7 @@ _METHODS: Final = (  # of texts, numbers and containers
     " isupper items join keys lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit"
     " rstrip split splitlines startswith strip swapcase title upper values"
 )
+_SLOW_METHODS: Final = ("strip", "lstrip", "rstrip", "rfind", "rindex", "rpartition", "rsplit")
 _FORMAT_DETAIL: Final = re.compile(r"\{[^{}]*[:.\[]")  # a width, an attribute or an element
 
 
@@ -3443,10 +3457,7 @@ def _charge_method(owner: object, name: str, args: tuple[object, ...], kwargs: d
             meter.charge_text(parts)
             meter.charge(len(owner) * len(parts))
             return (parts,)
-        case str(), "strip" | "lstrip" | "rstrip" | "rfind" | "rindex" | "rpartition" | "rsplit", (
-            str(searched),
-            *_,
-        ) if len(searched) > SEARCHED_CHARS:
+        case str(), _, (str(searched), *_) if name in _SLOW_METHODS and len(searched) > SEARCHED_CHARS:
             raise SecurityError(f"it calls {name} with more than {SEARCHED_CHARS} characters")
         case str(), "replace", (str(old), str(new), *_):
             meter.charge(owner.count(old) * len(new))
@@ -3470,13 +3481,6 @@ def _filter_join(
     meter.charge_text(items)
     meter.charge(len(str(glue)) * len(items))
     return jinja2.filters.sync_do_join(context, items, str(glue), attribute)
-
-
-def _filter_trim(value: object, searched: str | None = None) -> str:
-    _METER.get().charge_text(value)
-    if searched is not None and len(searched) > SEARCHED_CHARS:
-        raise SecurityError(f"it trims more than {SEARCHED_CHARS} characters")
-    return str(value).strip(searched)
 
 
 def _filter_replace(value: object, old: str, new: str, count: int = -1) -> str:
@@ -3524,6 +3528,8 @@ def _metered_filter(name: str, *, texts: bool) -> Callable[..., object]:
         value = args[value_at] if len(args) > value_at else None
         if texts:
             meter.charge_text(value)
+            if any(isinstance(option, str) and len(option) > SEARCHED_CHARS for option in args[value_at + 1 :]):
+                raise SecurityError(f"it calls {name} with more than {SEARCHED_CHARS} characters")
         elif isinstance(value, str):
             meter.charge(8 * len(value))
         elif isinstance(value, Iterator):
@@ -3560,7 +3566,7 @@ def _make_environment() -> _TemplateEnvironment:
         finalize=_print_value,
         extensions=[_GenerationTag, jinja2.ext.loopcontrols],
     )
-    texts = "capitalize lower string title truncate upper urlencode wordcount"
+    texts = "capitalize lower string title trim truncate upper urlencode wordcount"
     values = (
         "abs attr count d default dictsort first float groupby int items last length list map max min reject rejectattr"
         " reverse select selectattr sort unique"
@@ -3568,8 +3574,10 @@ def _make_environment() -> _TemplateEnvironment:
     environment.filters = {
         **{name: _metered_filter(name, texts=True) for name in texts.split()},
         **{name: _metered_filter(name, texts=False) for name in values.split()},
+        "meter tick": _tick,
+        "meter made": _made,
+        "meter joined": _joined,
         "safe": _metered_filter("string", texts=True),  # without escaping there is nothing to mark
-        "trim": _filter_trim,
         "join": jinja2.pass_eval_context(_filter_join),
         "replace": _filter_replace,
         "indent": _filter_indent,
@@ -3609,10 +3617,11 @@ class _ChatTemplate:
         except Exception as error:  # a stranger's template may fail in any way that Python knows
             raise TemplateFailed(label, _first_line(error)) from error
 
-    def render(self, variables: Mapping[str, object], setting: _Setting) -> str:
+    def render(self, chat: Sequence[object], setting: _Setting, kwargs: Mapping[str, object]) -> str:
         """Return the text.  Raises `TemplateFailed`, and `TemplateRefused` where the template does."""
         variables = {
-            **variables,
+            **kwargs,
+            "messages": chat,
             "add_generation_prompt": True,
             "tools": None,
             "documents": None,
@@ -3621,7 +3630,10 @@ class _ChatTemplate:
         }
         if setting.now is not None:
             variables["strftime_now"] = _strftime_now
-        token = _METER.set(_Meter(input_chars=_count_chars(variables), now=setting.now, limit_s=setting.limit_s))
+        meter = _Meter(
+            input_chars=_count_chars(variables), messages=len(chat), now=setting.now, limit_s=setting.limit_s
+        )
+        token = _METER.set(meter)
         try:
             return "".join(self._template.generate(variables))
         except TemplateRefused:
@@ -3643,9 +3655,9 @@ class _ChatTemplate:
         return self._shows(("system", content), ("user", content))
 
     def _shows(self, *messages: tuple[str, object]) -> bool:
-        variables = {"messages": [{"role": role, "content": content} for role, content in messages]}
+        chat = [{"role": role, "content": content} for role, content in messages]
         try:
-            text = self.render(variables, _Setting(now=0.0, limit_s=PROBE_CPU_S))
+            text = self.render(chat, _Setting(now=0.0, limit_s=PROBE_CPU_S), {})
         except (TemplateFailed, TemplateRefused):
             return False
         return text.count(_PROBE) == len(messages)
@@ -3659,12 +3671,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _count_chars(value: object) -> int:
-    """Return how many characters a request's own values hold."""
+    """Return how much a request's own values count for."""
     if isinstance(value, str):
         return len(value)
-    if isinstance(value, dict):
-        return sum(map(_count_chars, value.values()))
-    return sum(map(_count_chars, value)) if isinstance(value, list) else 0
+    if isinstance(value, (dict, list)):
+        return NODE_CHARS + sum(map(_count_chars, value.values() if isinstance(value, dict) else value))
+    return NODE_CHARS
 
 
 # -- Prompts --
@@ -3702,7 +3714,7 @@ def render_chat(
     if template.wants_parts:
         for message in chat:
             message["content"] = [{"type": "text", "text": message["content"]}]
-    text = template.render({**(kwargs or {}), "messages": chat}, _Setting(bos, eos, now))
+    text = template.render(chat, _Setting(bos, eos, now), kwargs or {})
     return RenderedPrompt(text=text, add_bos=not _begins_with(text, bos))
 
 
@@ -3715,8 +3727,7 @@ def render_completion(
     """
     if prompts.completion_template is not None:
         template = _load_template(prompts.completion_template, RULE_COMPLETION_TEMPLATE)
-        variables = {"prompt": text, "messages": [{"role": "user", "content": text}]}
-        text = template.render(variables, _Setting(bos, eos, now))
+        text = template.render([{"role": "user", "content": text}], _Setting(bos, eos, now), {"prompt": text})
     elif opening := prompts.completion_prompt:
         text = opening + ("" if opening[-1].isspace() else "\n") + text
     return RenderedPrompt(text=text, add_bos=not _begins_with(text, bos))
@@ -4665,9 +4676,10 @@ FAILED_AFTER: Final = 3  # failures in a row; then requests are refused at once 
 FORGET_FAILURE_S: Final = 3600.0  # after the last attempt
 REMEMBERED_SIZES: Final = 1024  # measured sizes of workers that have ended
 WORKER_BASE_BYTES: Final = 160 * 1024 * 1024  # Python, libraries and llama.cpp's small buffers
+# ggml packs elements in blocks of 32.
 KV_ELEMENT_BYTES: Final[Mapping[str, float]] = {
     "f32": 4, "f16": 2, "bf16": 2, "q8_0": 34 / 32, "q5_1": 24 / 32, "q5_0": 22 / 32, "q4_1": 20 / 32, "q4_0": 18 / 32,
-}  # fmt: skip - ggml's blocks of 32 elements
+}  # fmt: skip
 STATE_FLOATS: Final = 128  # of a recurrent model, for each layer, sequence and element of the embedding: Mamba-2's size
 
 
@@ -5684,13 +5696,17 @@ def _keep_log(llama: ModuleType) -> LlamaLog:
 # the next decode starts.  When the daemon's end of the socket closes, the worker ends.
 
 
+_WORKER_LOG: Final = logging.getLogger("localaid.worker")
+
+
 @dataclass(slots=True, frozen=True)
 class Prepared:
     """A request with its prompt as tokens."""
 
     submit: Submit
     tokens: list[int]
-    stop: tuple[str, ...]
+    stop: tuple[str, ...]  # the request's, the rule's, and those that the prompt's markers imply
+    strip_start: bool  # whether the answer's first space is the template's doing
 
 
 @dataclass(slots=True, eq=False)
@@ -5790,7 +5806,7 @@ class Worker:
     def _prepare(self, submit: Submit) -> None:
         """Turn a request's prompt into tokens and put it into the inbox, or reject it."""
         try:
-            tokens, stop = self._tokens_of(submit.prompt)
+            tokens, stop, strip_start = self._tokens_of(submit.prompt)
             if len(tokens) >= self._engine.capacity.ctx_size:
                 raise ContextLengthExceeded(prompt_tokens=len(tokens), ctx_size=self._engine.capacity.ctx_size)
             if not tokens:
@@ -5799,10 +5815,10 @@ class Worker:
             name, fields = error_to_wire(error)
             self._send(Rejected(id=submit.id, error=name, fields=fields))
             return
-        self._inbox.put(Prepared(submit, tokens, (*submit.stop, *stop)))
+        self._inbox.put(Prepared(submit, tokens, (*submit.stop, *stop), strip_start))
 
-    def _tokens_of(self, prompt: Prompt) -> tuple[list[int], tuple[str, ...]]:
-        """Return a prompt's tokens, and the stop words that its markers imply."""
+    def _tokens_of(self, prompt: Prompt) -> tuple[list[int], tuple[str, ...], bool]:
+        """Return a prompt's tokens, the stop words that its markers imply, whether to strip the answer's start."""
         match prompt:
             case ChatPrompt():
                 rendered = render_chat(
@@ -5812,15 +5828,17 @@ class Worker:
                     bos=self._bos_text,
                     eos=self._eos_text,
                     kwargs=prompt.template_kwargs,
+                    now=time.time(),
                 )
             case TextPrompt():
-                rendered = render_completion(prompt.text, prompt.prompts, bos=self._bos_text)
+                bos, eos = self._bos_text, self._eos_text
+                rendered = render_completion(prompt.text, prompt.prompts, bos=bos, eos=eos, now=time.time())
             case TokenPrompt(tokens=tokens):
                 unknown = next((token for token in tokens if not 0 <= token < self._engine.n_vocab), None)
                 if unknown is not None:
                     raise TokenUnknown(token=unknown, vocab_tokens=self._engine.n_vocab)
-                return list(tokens), ()
-        return self._tokenize(rendered), rendered.stop
+                return list(tokens), (), False
+        return self._tokenize(rendered), rendered.stop, rendered.strip_start
 
     def _tokenize(self, rendered: RenderedPrompt) -> list[int]:
         return self._engine.tokenize(rendered.text, add_bos=rendered.add_bos, parse_special=rendered.parse_special)
@@ -5854,7 +5872,7 @@ class Worker:
                 id=submit.id,
                 index=index,
                 sequence=BatchSequence(list(prepared.tokens), len(prepared.tokens)),
-                stream=TextStream(prepared.stop),
+                stream=TextStream(prepared.stop, strip_start=prepared.strip_start),
                 sampler=self._engine.start_sampler(sampling, prepared.tokens),
                 max_tokens=room if wanted is None else min(room, wanted),
                 top_logprobs=submit.top_logprobs,
@@ -5867,10 +5885,20 @@ class Worker:
 
     def _declare(self, prompts: list[Prompts]) -> None:
         """Queue what rules declare, to be fed and parked before anybody asks."""
-        for declared in prompts:
-            rendered = render_declared(
-                declared, model_template=self._chat_template, bos=self._bos_text, eos=self._eos_text
-            )
+        kinds: tuple[Literal["chat", "completion"], ...] = ("chat", "completion")
+        for declared, kind in itertools.product(prompts, kinds):
+            try:
+                rendered = render_declared(
+                    declared,
+                    model_template=self._chat_template,
+                    bos=self._bos_text,
+                    eos=self._eos_text,
+                    now=time.time(),
+                    kind=kind,
+                )
+            except LocalaidError as error:  # who asks for it gets the same error; the others are served
+                _WORKER_LOG.warning("a prompt that a rule declares: %s", error)
+                continue
             if rendered is None:
                 continue
             tokens = self._tokenize(rendered)[:-1]  # the last one may merge with what follows
@@ -5996,9 +6024,21 @@ class Worker:
         )
 
 
+PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+
+
+def _die_with_the_daemon() -> None:
+    """Let the kernel end this process with its parent, also in the middle of a load or a decode."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:
+        sys.exit(0)  # it had gone before
+
+
 def run_worker(fd: int) -> int:
     """Serve the daemon over an inherited socket; the body of `localaid worker`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then stops its workers in order
+    _die_with_the_daemon()
     with socket.socket(fileno=fd) as connection:
         try:
             return Worker(connection).run()
@@ -6039,6 +6079,7 @@ _APPEARED: Final = int(_IN.CREATE | _IN.MOVED_TO)
 _VANISHED: Final = int(_IN.DELETE | _IN.MOVED_FROM)
 _WATCHED: Final = int(_APPEARED | _VANISHED | _IN.CLOSE_WRITE | _IN.ATTRIB | _IN.MOVE_SELF | _IN.ONLYDIR)
 _UNWATCHED_RESCAN_S: Final = 10.0
+_STEPS_LIMIT: Final = 400  # from folder to folder and link to link: links may go round
 _SAME_FOLDER_LIMIT: Final = 8  # paths, over links, under which one folder is listed
 _TEMPORARY_NAME: Final = re.compile(
     r"\..*|.*~|.*\.(?:part|partial|tmp|temp|incomplete|crdownload|download|aria2|swp)|.*-partial(?:-\d+)?",
@@ -6129,14 +6170,14 @@ class FolderWatch:
                 return None
             if event.mask & _IN.IGNORED:  # the folder is gone; its parent tells of it too
                 self._folders.pop(event.wd, None)
+            awaited = self._awaited.get(event.wd, {}).get(event.name, set())
             if event.mask & (_IN.IGNORED | _IN.MOVE_SELF):
-                for path in set().union(*self._awaited.pop(event.wd, {}).values()):
-                    self._look(path, event.mask, changes)
-            if event.name:
-                folders = () if is_temporary(event.name) else tuple(self._folders.get(event.wd, ()))
-                awaited = tuple(self._awaited.get(event.wd, {}).get(event.name, ()))
-                for path in {*(f"{folder}/{event.name}" for folder in folders), *awaited}:
-                    self._look(path, event.mask, changes)
+                awaited = set().union(*self._awaited.pop(event.wd, {}).values())
+            paths = {path for path in awaited if self._leads_on(path)}
+            if event.name and not is_temporary(event.name):
+                paths.update(f"{folder}/{event.name}" for folder in self._folders.get(event.wd, ()))
+            for path in paths:
+                self._look(path, event.mask, changes)
         return changes
 
     def _look(self, path: str, mask: int, changes: FolderChanges) -> None:
@@ -6148,8 +6189,8 @@ class FolderWatch:
             status = Path(path).stat()
         except OSError:
             status = None
-        if status is None or mask & _VANISHED or stat.S_ISDIR(status.st_mode):
-            self._forget(path)
+        was_folder = self._forget(path)  # a link to a folder may have been replaced by a file, without an event
+        if status is None or mask & _VANISHED or was_folder or stat.S_ISDIR(status.st_mode):
             changes.gone.add(path)
             changes.files.pop(path, None)
         if status and stat.S_ISDIR(status.st_mode):
@@ -6167,22 +6208,22 @@ class FolderWatch:
         while pending:
             folder = pending.pop()
             try:
-                if not self._watch_folder(folder):
-                    continue
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        if is_temporary(entry.name):
-                            continue
-                        path = f"{folder}/{entry.name}"
-                        if entry.is_symlink():
-                            self._await_path(path)
-                        if entry.is_dir():
-                            pending.append(path)
-                        elif entry.is_file():
-                            files.setdefault(path, "appeared")
+                entries = list(os.scandir(folder)) if self._watch_folder(folder) else []
             except OSError as error:
                 level = logging.DEBUG if isinstance(error, FileNotFoundError | NotADirectoryError) else logging.WARNING
                 INDEX_LOG.log(level, "%s cannot be listed: %s", folder, error.strerror)
+                continue
+            for entry in entries:
+                path = f"{folder}/{entry.name}"
+                with contextlib.suppress(OSError):  # a link into a knot
+                    if is_temporary(entry.name):
+                        continue
+                    if entry.is_symlink():
+                        self._await_path(path)
+                    if entry.is_dir():
+                        pending.append(path)
+                    elif entry.is_file():
+                        files.setdefault(path, "appeared")
 
     def _watch_folder(self, folder: str) -> bool:
         """Watch `folder` itself; False for one that links lead to again and again.  Raises `OSError` if it is gone."""
@@ -6212,22 +6253,31 @@ class FolderWatch:
                 self._inotify.rm_watch(watch)
 
     def _await_path(self, path: str) -> None:
-        """Watch the folders in which a root, or what a link leads to, would change, come back or vanish."""
-        for place in {path, os.path.realpath(path)} if path in self.roots else {os.path.realpath(path)}:
-            watched = ("", "")
-            while watched != (nearest := _find_folder(place)):  # one may have come between looking and watching
-                watched = nearest
+        """Watch the folders in which a root, or a link, or a link on the way, would change, come back or vanish."""
+        turns: list[tuple[str, str]] = []
+        for _ in range(3):  # again if something came between looking and watching; the events tell of what comes later
+            if turns == (turns := _find_turns(path)):
+                break
+            for folder, name in turns:
                 with contextlib.suppress(OSError):
-                    self._awaited.setdefault(self._watch(nearest[0]), {}).setdefault(nearest[1], set()).add(path)
+                    self._awaited.setdefault(self._watch(folder), {}).setdefault(name, set()).add(path)
 
-    def _forget(self, path: str) -> None:
-        """Stop watching what was the folder `path`."""
-        for watch, paths in list(self._folders.items()):
-            paths.difference_update([known for known in paths if known == path or known.startswith(f"{path}/")])
+    def _leads_on(self, path: str) -> bool:
+        """Return whether an awaited path is still a root, or a link in a folder that is listed."""
+        folder = os.path.split(path)[0]
+        listed = any(folder in paths for paths in self._folders.values())
+        return path in self.roots or (listed and Path(path).is_symlink())
+
+    def _forget(self, top: str) -> bool:
+        """Stop watching `top` and all below; return whether it was a folder."""
+        was_folder = any(top in paths for paths in self._folders.values())
+        for watch, paths in list(self._folders.items()) if was_folder else ():
+            paths.difference_update([path for path in paths if path == top or path.startswith(f"{top}/")])
             if not paths:
                 del self._folders[watch]
                 if watch not in self._awaited:
                     self._unwatch(watch)
+        return was_folder
 
     def _warn_limit(self, error: OSError) -> None:
         if not self._warned:
@@ -6239,12 +6289,23 @@ class FolderWatch:
             )  # fmt: skip
 
 
-def _find_folder(path: str) -> tuple[str, str]:
-    """Return the nearest folder above `path` that is there, and the name in it that leads on to `path`."""
-    folder, name = os.path.split(path)
-    while not Path(folder).is_dir():
-        folder, name = os.path.split(folder)
-    return folder, name
+def _find_turns(path: str) -> list[tuple[str, str]]:
+    """Return (folder, name in it) of all that decides where `path` leads: links on the way, and where the way ends."""
+    turns = []
+    here, names = "/", path.split("/")[::-1]
+    for _ in range(_STEPS_LIMIT):
+        name = names.pop()
+        place = Path(here, name)
+        if place.is_symlink():
+            turns.append((here, name))
+            target = str(place.readlink())
+            here = "/" if target.startswith("/") else here
+            names += target.split("/")[::-1]
+        elif not names or not place.is_dir():
+            return [*turns, (here, name)]
+        else:
+            here = os.path.normpath(place)  # no link in it: ".." is what it seems
+    return turns
 
 
 # -- digests --
@@ -6335,7 +6396,7 @@ class DigestCache:
         self._entries.pop(stamp.identity, None)
         self._entries[stamp.identity] = (stamp, known)
 
-    def plan_save(self, present: Set[tuple[int, int]]) -> Callable[[], None]:
+    def plan_save(self, present: AbstractSet[tuple[int, int]]) -> Callable[[], None]:
         """Return the blocking call that writes the cache as it is now; `present` files are kept in any case."""
         absent = [identity for identity in self._entries if identity not in present]
         for identity in absent[: -self._ABSENT_LIMIT]:
@@ -6490,10 +6551,10 @@ class HashJob:
             self.hashed_bytes += size
             if gives_way():
                 return
-        self.finished = True
         self.changed = stamp_of(os.fstat(self._descriptor)).content != self.stamp.content
         digests = {algorithm: digest.hexdigest() for algorithm, digest in self._digests.items()}
         self.known = msgspec.structs.replace(self.known, **digests)
+        self.finished = True  # last: the loop may be looking at the report of the header only now
 
 
 class HashThreads:
@@ -6631,8 +6692,8 @@ class ModelIndex:
 
     @property
     def hashing(self) -> bool:
-        """Whether something is still being read."""
-        return bool(self._jobs)
+        """Whether something is still being read, or is not in `inventory` yet."""
+        return bool(self._jobs) or self._publishing is not None
 
     def want_sha1(self, wanted: bool) -> None:
         """Say whether some rule names a sha1: models are hashed by it too then, also those that are known."""
@@ -7634,6 +7695,11 @@ class Supervisor:
         """Take note that no file has this SHA any more: its workers serve those that wait in them, then end."""
         self.react(self.table.removed(sha256, self._loop.time()), changed=True)
 
+    def retain(self, present: AbstractSet[str | None]) -> None:
+        """Drain every worker, loaded or not, whose SHA-256 is not among those `present`."""
+        for sha256 in {key.sha256 for key in self._owners} - present:
+            self.drain(sha256)
+
     def declare(self, target: Target, prompts: list[Prompts]) -> None:
         """Let the worker of `target`, where there is one, feed prompts of rules that have come since its load."""
         owner = self._owners.get(WorkerKey(target.sha256, target.load.options))
@@ -8126,9 +8192,22 @@ async def collect_job(http: web.Request, job: Job) -> tuple[list[Answer], Usage]
 # -- routes --
 
 
+async def retry_removed(answer: Callable[[], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """Answer a request; once more where its model's file was removed before anything was sent: the name may live on."""
+    try:
+        return await answer()
+    except ModelRemoved:
+        return await answer()
+
+
 async def handle_chat(state: State, http: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions."""
     request = parse_chat_request(await http.read())
+    return await retry_removed(functools.partial(answer_chat, state, http, request))
+
+
+async def answer_chat(state: State, http: web.Request, request: ChatRequest) -> web.StreamResponse:
+    """Answer a chat, streamed or whole."""
     prompt = ChatPrompt(messages=request.messages, template_kwargs=request.chat_template_kwargs or {})
     async with start_job(state, http, CHAT, request, [prompt]) as job:
         if request.stream:
@@ -8145,6 +8224,11 @@ async def handle_chat(state: State, http: web.Request) -> web.StreamResponse:
 async def handle_completions(state: State, http: web.Request) -> web.StreamResponse:
     """POST /v1/completions."""
     request = parse_completion_request(await http.read())
+    return await retry_removed(functools.partial(answer_completion, state, http, request))
+
+
+async def answer_completion(state: State, http: web.Request, request: CompletionRequest) -> web.StreamResponse:
+    """Answer a completion, streamed or whole."""
     async with start_job(state, http, COMPLETIONS, request, prompts_of(request)) as job:
         if request.stream:
             return await stream_job(http, job, "completion")
@@ -8157,7 +8241,7 @@ async def handle_completions(state: State, http: web.Request) -> web.StreamRespo
     return json_response(completion, job.headers if _wants_headers(http) else None)
 
 
-def _model_card(state: State, listing: Listing, failed: Set[str | None]) -> ModelCard:
+def _model_card(state: State, listing: Listing, failed: AbstractSet[str | None]) -> ModelCard:
     """Return one entry of /v1/models; `failed` holds the SHAs of models that cannot be loaded."""
     file, rule = listing.file, listing.rule
     model_state: Literal["hashing", "ready", "loaded", "failed"] = "ready"
@@ -8453,7 +8537,7 @@ class Daemon:
                 cache_bytes=self.settings.prompt_cache_bytes,
             )
             info = self.index.info(sha256) or ModelInfo()
-            target = Target(sha256=sha256, file=file.path, load=load, info=info, keep_alive_s=rule.keep_alive_s)
+            target = Target(sha256=sha256, file=file.relative, load=load, info=info, keep_alive_s=rule.keep_alive_s)
             self._targets[key] = target
         return target
 
@@ -8511,9 +8595,8 @@ class Daemon:
 
     def _take_inventory(self, inventory: Inventory) -> None:
         """Take a new inventory: workers of what is gone drain, rules of what has come join."""
-        present = {file.sha256 for file in inventory.files}
-        for sha256 in self.supervisor.loaded - present:
-            self.supervisor.drain(sha256)
+        present = frozenset(file.sha256 for file in inventory.files if file.sha256 is not None)
+        self.supervisor.retain(present)
         self._auto = auto_rules(inventory.files)
         self._replace_table()
 
@@ -8553,7 +8636,7 @@ class Daemon:
             if prompts:
                 known.update(prompts)
                 load = LoadModel(path=entry.path, options=worker.options)
-                self.supervisor.declare(Target(sha256=worker.sha256, file=entry.path, load=load, info=ModelInfo()), prompts)
+                self.supervisor.declare(Target(sha256=worker.sha256, file=entry.relative, load=load, info=ModelInfo()), prompts)
 
     def reload_settings(self) -> None:
         """Take the settings file anew (SIGHUP); what is broken changes nothing."""

@@ -240,6 +240,30 @@ def test_only_the_first_in_line_evicts() -> None:
     assert table.tick(42) == [EndWorker(D, "makes room for f.gguf"), HoldQueue(A)]
 
 
+def test_second_in_line_evicts_nobody() -> None:
+    """An idle worker that the second needs stays while the first waits for a busy one."""
+    table = make()
+    load(table, C, 0)
+    ask(table, A, 20)
+    table.loaded(A, 60, 20)
+    table.started(A, 20)
+    assert table.requested(HUGE, "f.gguf", 95, KEEP_S, 30) == []
+    assert table.requested(B, "b.gguf", 15, KEEP_S, 30) == []
+
+
+def test_whose_turn_ends_first_is_held() -> None:
+    """Of two busy workers of which one is enough, the one that has served longer gives way."""
+    table = make()
+    ask(table, C, 0)
+    ask(table, A, 0)
+    table.loaded(A, 60, 1)
+    table.loaded(C, 30, 5)
+    table.started(C, 5)
+    table.started(A, 5)
+    assert table.requested(D, "d.gguf", 20, KEEP_S, 6) == []
+    assert table.tick(16) == [HoldQueue(A)]
+
+
 def test_model_that_never_fits_is_refused_with_both_numbers() -> None:
     """503 at once, nothing is evicted for it."""
     table = make()

@@ -17,8 +17,13 @@ stops = st.lists(st.text(alphabet=CHARACTERS, min_size=1, max_size=5), max_size=
 @st.composite
 def cut_bytes(draw: st.DrawFn) -> list[bytes]:
     """Draw bytes, mostly UTF-8, cut into pieces anywhere: inside of characters too, and into empty pieces."""
-    whole = draw(st.one_of(texts.map(str.encode), st.binary(max_size=30), st.lists(
-        st.one_of(texts.map(str.encode), st.binary(max_size=3)), max_size=8).map(b"".join)))
+    whole = draw(
+        st.one_of(
+            texts.map(str.encode),
+            st.binary(max_size=30),
+            st.lists(st.one_of(texts.map(str.encode), st.binary(max_size=3)), max_size=8).map(b"".join),
+        )
+    )
     cuts = sorted(draw(st.lists(st.integers(0, len(whole)), max_size=12)))
     return [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
 

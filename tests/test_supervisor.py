@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import random
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -28,6 +29,7 @@ from localaid import (
     ModelRemoved,
     ModelTooLarge,
     QueueFull,
+    Sampling,
     ServiceRate,
     ShuttingDown,
     Submit,
@@ -484,7 +486,9 @@ async def test_removed_file_while_loading(bench: Bench) -> None:
     """Who waits is told to look for another model; the process is ended."""
     target = bench.target("stuck")
     generation = bench.ask(target, "say 1")
-    bench.supervisor.drain(target.sha256)
+    bench.supervisor.retain({target.sha256, None})
+    assert not generation.error
+    bench.supervisor.retain({None})
     with pytest.raises(ModelRemoved):
         await read(generation)
     await bench.until(lambda: not bench.workers)
@@ -522,6 +526,113 @@ async def test_stop_insists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             await bench.supervisor.stop(0.01)
         with pytest.raises(WorkerDied, match="did not end when told to"):
             await read(running)
+
+
+# -- all at once --
+
+
+async def test_chaos_leaves_nobody_behind(tmp_path: Path, one_gigabyte: int) -> None:
+    """80 requests for three models of which two fit, with cancels, deaths and removals: each ends, nothing is left."""
+    chance = random.Random(7)
+    commands = ["say 1", "say 40", "silent", "hold", "release", "release", "log", "die", "start-and-die", "reject"]
+    async with supervise(tmp_path, budget_bytes=int(2.9 * one_gigabyte), queue_size=1000) as bench:
+        targets = [bench.target("ok large", name, size=one_gigabyte, parallel=2) for name in ("one", "two", "three")]
+
+        async def one_client(number: int) -> str:
+            try:
+                with bench.ask(chance.choice(targets), chance.choice(commands), client=f"{number % 5}") as generation:
+                    for _ in range(chance.randrange(4)):
+                        if not await generation.next_batch():
+                            return "complete"
+                    return "cancelled"
+            except localaid.LocalaidError as error:
+                return type(error).__name__
+
+        outcomes: list[str] = []
+        async with asyncio.timeout(2 * LIMIT_S):
+            for number in range(0, 80, 10):
+                outcomes += await asyncio.gather(*(one_client(number + place) for place in range(10)), releases(bench))
+                bench.supervisor.drain(chance.choice(targets).sha256)
+        outcomes = [outcome for outcome in outcomes if outcome != "released"]
+        assert set(outcomes) <= {"complete", "cancelled", "WorkerDied", "ModelFailed", "ModelRemoved"}
+        assert {"complete", "cancelled", "WorkerDied"} <= set(outcomes)
+        assert all((worker.running, worker.waiting) == (0, 0) for worker in bench.workers)
+        for row in bench.supervisor.table.rows.values():
+            assert (row.running, row.waiting) == (0, 0)
+
+
+async def releases(bench: Bench) -> str:
+    """Let held requests of every loaded worker end again and again, until none is left."""
+    while any(worker.running or worker.waiting for worker in bench.workers):
+        for owner in list(bench.supervisor._owners.values()):
+            with contextlib.suppress(localaid.LocalaidError):
+                await read(bench.ask(owner.target, "release"))
+    return "released"
+
+
+# -- the real worker --
+
+
+def real_target(path: Path, **options: int) -> Target:
+    """Return a real model."""
+    with path.open("rb") as file:
+        info = localaid.parse_gguf(file.read(32 << 20), size_bytes=path.stat().st_size, file=path.name)
+    load = LoadModel(path=str(path), options=LoadOptions(**options))  # type: ignore[arg-type]
+    return Target(sha256=path.name, file=path.name, load=load, info=info)
+
+
+def count_up(max_tokens: int) -> Submit:
+    """Return a greedy request that does not end early."""
+    sampling = Sampling(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    return Submit(id=0, prompt=TextPrompt(text="one two three"), sampling=sampling)
+
+
+async def test_real_worker_answers_dies_and_answers_again(tiny_llama: Path) -> None:
+    """The program starts itself as worker; killed in the middle of an answer it is replaced."""
+    supervisor = Supervisor(budget_bytes=2**33)
+    target = real_target(tiny_llama)
+    try:
+        text = await read(supervisor.submit(target, count_up(8), client="a"))
+        running = supervisor.submit(target, count_up(100_000), client="a")
+        await first(running)
+        (worker,) = supervisor.status().workers
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(WorkerDied, match="SIGKILL"):
+            await read(running)
+        assert await read(supervisor.submit(target, count_up(8), client="a")) == text
+    finally:
+        await supervisor.stop()
+
+
+async def test_real_worker_says_why_it_cannot_load(tmp_path: Path) -> None:
+    """A file that is no model: the reason reaches the client, and the process is gone."""
+    supervisor = Supervisor(budget_bytes=2**33)
+    path = tmp_path / "no.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    target = Target(sha256="no", file="no.gguf", load=LoadModel(path=str(path)), info=ModelInfo())
+    try:
+        with pytest.raises(ModelFailed) as caught:
+            await read(supervisor.submit(target, count_up(8), client="a"))
+        (worker,) = supervisor.status().workers
+        assert worker.last_error == caught.value.reason
+        assert worker.pid is None
+    finally:
+        await supervisor.stop()
+
+
+async def test_estimate_is_near_what_a_real_worker_takes(smollm2: Path) -> None:
+    """Within 20 % below and 100 % above, so that the budget is neither exceeded nor wasted."""
+    supervisor = Supervisor(budget_bytes=2**40)
+    try:
+        for options in ({}, {"ctx_size": 1024, "parallel": 1}):
+            target = real_target(smollm2, **options)
+            await read(supervisor.submit(target, count_up(2), client="a"))
+            measured = supervisor.status().workers[-1].rss_bytes
+            estimated = localaid.estimate_bytes(target.info, target.load.options)
+            assert 0.8 * measured < estimated < 2 * measured
+    finally:
+        await supervisor.stop()
 
 
 # -- pure parts --

@@ -1,0 +1,272 @@
+"""ENGINE: real models answer the same alone, in a batch and on a warm prefix, whatever their memory is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from localaid import (
+    Batch,
+    BatchSequence,
+    Engine,
+    EngineFailed,
+    LoadModel,
+    LoadOptions,
+    Plan,
+    Sampling,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Log-probabilities of one context differ by this much between batch sizes: matrix kernels for one row and for several
+# add in another order, and keys and values are kept as 16-bit floats.  Measured on SmolLM2, gemma-3 and a random mamba:
+# at most 0.06 on the ten likeliest tokens; a wrong position or a token too many gives differences above 1.
+TOLERANCE = 0.5
+LIKELIEST = 10
+GREEDY = Sampling(temperature=0.0)
+
+
+@dataclasses.dataclass
+class Course:
+    """What one greedy generation chose, and the log-probabilities it chose from."""
+
+    tokens: list[int]
+    rows: list[NDArray[np.float64]]
+
+
+def start_engine(path: Path, **options: int) -> Engine:
+    """Load a model for tests: two threads, a small context."""
+    load = LoadModel(
+        path=str(path), options=LoadOptions(**({"threads": 2, "ctx_size": 1024} | options)), cache_bytes=1 << 28
+    )
+    return Engine(load, lambda _: None)
+
+
+@pytest.fixture(scope="module", params=["smollm2", "gemma", "tiny_mamba"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """One engine for each kind of memory: attention, sliding window, recurrent."""
+    loaded = start_engine(request.getfixturevalue(request.param))
+    yield loaded
+    loaded.close()
+
+
+@pytest.fixture(scope="module")
+def smol(smollm2: Path) -> Iterator[Engine]:
+    """An engine on SmolLM2."""
+    loaded = start_engine(smollm2)
+    yield loaded
+    loaded.close()
+
+
+def run_ops(engine: Engine, batch: Batch, plan: Plan) -> None:
+    """Carry out a plan's memory operations, as the worker does."""
+    parked, lost = engine.run_ops(plan.ops)
+    assert not lost
+    for segment, size_bytes in parked:
+        assert size_bytes > 0
+        batch.note_parked(segment, size_bytes)
+
+
+def generate(
+    engine: Engine, batch: Batch, prompts: list[list[int]], count: int, sampling: Sampling = GREEDY
+) -> list[Course]:
+    """Let all prompts generate `count` tokens in one batch, then park everything."""
+    courses = {BatchSequence(list(prompt), len(prompt)): Course([], []) for prompt in prompts}
+    samplers = {sequence: engine.start_sampler(sampling, sequence.tokens) for sequence in courses}
+    for sequence in courses:
+        batch.add(sequence)
+    while batch.busy:
+        plan = batch.plan()
+        run_ops(engine, batch, plan)
+        if not plan.tokens:
+            continue
+        assert engine.decode(plan)
+        for row, sequence in enumerate(plan.rows):
+            courses[sequence].rows.append(engine.logprobs(row, len(plan.rows), 0)[0].astype(np.float64))
+        sampled = engine.sample(plan, [samplers[sequence] for sequence in plan.rows])
+        batch.commit(plan, sampled, engine.decode_s)
+        for sequence, _ in plan.fed:
+            sequence.pos_min = max(0, engine.pos_min(sequence.seq_id))
+        for sequence, token in zip(plan.rows, sampled, strict=True):
+            courses[sequence].tokens.append(token)
+            if len(courses[sequence].tokens) == count:
+                batch.finish(sequence)
+    for sampler in samplers.values():
+        engine.stop_sampler(sampler)
+    return list(courses.values())
+
+
+def assert_same(course: Course, other: Course) -> None:
+    """Two courses agree up to the first token that the tolerance explains; then they must have been that close."""
+    for step, (mine, theirs) in enumerate(zip(course.rows, other.rows, strict=True)):
+        best = np.argsort(-mine)[:LIKELIEST]
+        assert np.abs(mine[best] - theirs[best]).max() < TOLERANCE, f"step {step}"
+        if course.tokens[step] != other.tokens[step]:
+            gap = mine[course.tokens[step]] - mine[other.tokens[step]]
+            assert abs(gap) < 2 * TOLERANCE, f"step {step}: the choice differs by more than rounding"
+            return
+
+
+def prompts_of(engine: Engine) -> list[list[int]]:
+    """Return eight prompts with nothing in common, of different lengths."""
+    if engine.n_vocab < 1000:  # the random models' vocabulary
+        return [[3 + (i * 7 + k * (i + 2)) % (engine.n_vocab - 4) for k in range(40 + 9 * i)] for i in range(8)]
+    subjects = ["bread", "rivers", "the moon", "bees", "chess", "glass", "winter", "trains"]
+    return [
+        engine.tokenize(f"{subject.title()} are" + f" and {subject} will be" * (6 + i) + ". In short,", add_bos=True, parse_special=False)
+        for i, subject in enumerate(subjects)
+    ]
+
+
+def test_greedy_is_the_same_alone_and_in_a_batch_of_eight(engine: Engine) -> None:
+    """What the others do does not change an answer."""
+    prompts = prompts_of(engine)
+    together = generate(engine, Batch(engine.capacity), prompts, 24)
+    for prompt, course in zip(prompts[::3], together[::3], strict=True):
+        (alone,) = generate(engine, Batch(engine.capacity), [prompt], 24)
+        assert_same(alone, course)
+
+
+def test_greedy_is_the_same_on_a_warm_prefix(engine: Engine) -> None:
+    """A prompt that is taken up from host memory, cut or whole, gives what it gives when it is computed."""
+    first = prompts_of(engine)[7]
+    turn = first + prompts_of(engine)[0][:20]
+    (cold,) = generate(engine, Batch(engine.capacity), [turn], 24)
+    batch = Batch(engine.capacity)
+    generate(engine, batch, [first], 1)
+    assert batch.segments
+    sequence_tokens = engine.capacity.kind
+    (warm,) = generate(engine, batch, [turn], 24)
+    assert_same(cold, warm), sequence_tokens
+
+
+def test_greedy_is_the_same_for_those_who_share_a_prefix(engine: Engine) -> None:
+    """Followers that take over a prefix from its leader get what they would compute."""
+    base = prompts_of(engine)[5]
+    prompts = [base + prompts_of(engine)[i][:12] for i in range(4)]
+    batch = Batch(engine.capacity)
+    together = generate(engine, batch, prompts, 16)
+    for prompt, course in zip(prompts, together, strict=True):
+        (alone,) = generate(engine, Batch(engine.capacity), [prompt], 16)
+        assert_same(alone, course)
+
+
+def test_a_window_that_has_moved_on_is_not_taken_for_a_prefix(gemma: Path) -> None:
+    """Beyond its sliding window gemma forgets; a prompt that branches off there is fed anew, and right."""
+    engine = start_engine(gemma, ctx_size=2048)
+    try:
+        assert engine.capacity.kind == "window"
+        long = engine.tokenize("One two three four five six seven. " * 140, add_bos=True, parse_special=False)
+        assert len(long) > 2 * engine.capacity.window > 0
+        branch = long[: engine.capacity.window // 2] + prompts_of(engine)[0]
+        batch = Batch(engine.capacity)
+        generate(engine, batch, [long], 2)
+        (after,) = generate(engine, batch, [branch], 16)
+        (alone,) = generate(engine, Batch(engine.capacity), [branch], 16)
+        assert_same(alone, after)
+    finally:
+        engine.close()
+
+
+def test_the_same_seed_gives_the_same_text(smol: Engine) -> None:
+    """And another seed another one."""
+    prompt = prompts_of(smol)[:1]
+
+    def tokens(seed: int) -> list[int]:
+        return generate(smol, Batch(smol.capacity), prompt, 24, Sampling(temperature=1.0, top_k=0, seed=seed))[0].tokens
+
+    assert tokens(7) == tokens(7)
+    assert tokens(7) != tokens(8)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0, top_k=1),
+        Sampling(temperature=1.0, top_k=0, top_p=1e-6),
+        Sampling(temperature=1.0, top_k=0, min_p=1.0),
+        Sampling(temperature=1.0, top_k=0, typical_p=1.0, top_p=1e-6),
+        Sampling(temperature=1e-4, top_k=0, top_p=1.0, min_p=0.0),
+        Sampling(temperature=0.0, repeat_penalty=1.0, repeat_last_n=64),
+    ],
+)
+def test_each_sampler_can_narrow_the_choice_to_the_likeliest(smol: Engine, sampling: Sampling) -> None:
+    """Each of them, at its narrowest, is greedy."""
+    prompt = prompts_of(smol)[1:2]
+    greedy = generate(smol, Batch(smol.capacity), prompt, 12)[0]
+    assert generate(smol, Batch(smol.capacity), prompt, 12, sampling)[0].tokens == greedy.tokens
+
+
+def test_penalties_keep_an_answer_from_repeating_itself(smol: Engine) -> None:
+    """A presence penalty beyond all logits lets no token come twice; prompt tokens count as well."""
+    prompt = prompts_of(smol)[2]
+    for sampling in (
+        Sampling(temperature=0.0, presence_penalty=200.0, repeat_last_n=-1),
+        Sampling(temperature=0.0, frequency_penalty=200.0, repeat_last_n=-1),
+        Sampling(temperature=0.0, repeat_penalty=100.0, repeat_last_n=-1),
+    ):
+        tokens = generate(smol, Batch(smol.capacity), [prompt], 20, sampling)[0].tokens
+        assert len(set(tokens)) == 20
+        assert not set(tokens) & set(prompt)
+
+
+def test_a_bias_forbids_or_forces_a_token(smol: Engine) -> None:
+    """With and without a sampler chain."""
+    prompt = prompts_of(smol)[3:4]
+    first = generate(smol, Batch(smol.capacity), prompt, 1)[0].tokens[0]
+    forced = first + 1
+    for temperature in (0.0, 0.5):
+        forbid = Sampling(temperature=temperature, logit_bias={first: -100.0})
+        assert generate(smol, Batch(smol.capacity), prompt, 1, forbid)[0].tokens != [first]
+        force = Sampling(temperature=temperature, logit_bias={forced: 100.0})
+        assert generate(smol, Batch(smol.capacity), prompt, 3, force)[0].tokens == [forced] * 3
+
+
+def test_ignore_eos_goes_on_where_the_model_would_end(smol: Engine) -> None:
+    """No token that ends a generation is ever chosen."""
+    chat = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
+    prompt = smol.tokenize(chat, add_bos=False, parse_special=True)
+    plain = generate(smol, Batch(smol.capacity), [prompt], 200)[0].tokens
+    assert any(smol.piece(token)[1] for token in plain)
+    on = generate(smol, Batch(smol.capacity), [prompt], 200, Sampling(temperature=0.0, ignore_eos=True))[0].tokens
+    assert not any(smol.piece(token)[1] for token in on)
+
+
+def test_pieces_are_the_bytes_of_the_text(smol: Engine) -> None:
+    """Token by token, also where a character is torn between tokens."""
+    text = "Grüße, 世界! 👩‍🚀 naïve\ttabs\n"
+    tokens = smol.tokenize(text, add_bos=False, parse_special=False)
+    assert b"".join(smol.piece(token)[0] for token in tokens) == text.encode()
+
+
+def test_the_logprobs_are_those_of_the_model(smol: Engine) -> None:
+    """They add up to one, and the likeliest come first."""
+    batch = Batch(smol.capacity)
+    prompt = prompts_of(smol)[0]
+    sequence = BatchSequence(list(prompt), len(prompt))
+    batch.add(sequence)
+    plan = batch.plan()
+    assert smol.decode(plan)
+    logprobs, best = smol.logprobs(0, 1, 5)
+    assert np.exp(logprobs).sum() == pytest.approx(1.0)
+    assert best == np.argsort(-logprobs)[:5].tolist()
+    assert smol.sample(plan, [smol.start_sampler(GREEDY, prompt)]) == best[:1]
+    smol.run_ops([])
+    batch.commit(plan, best[:1], 0.1)
+    batch.finish(sequence)
+    run_ops(smol, batch, batch.plan())
+
+
+def test_a_file_that_is_no_model_is_refused_in_words(tmp_path: Path) -> None:
+    """llama.cpp's own reason is in the error."""
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(EngineFailed) as caught:
+        start_engine(file)
+    assert str(file) in str(caught.value)
