@@ -4099,7 +4099,7 @@ class BatchSequence:
     pos_min: int = 0  # first position that the memory still has
     leader: BatchSequence | None = None  # feeds our prefix up to `boundary`
     boundary: int = 0
-    stops: list[int] = field(default_factory=list)  # positions where followers of uncuttable memory take over
+    stops: list[int] = field(default_factory=list)  # where others branch off, for memory that cannot be cut elsewhere
     node: TreeNode | None = None
     span: Span | None = None
     own_start: int = 0  # cells before it are in `span`
@@ -4310,6 +4310,8 @@ class Batch:
     def plan(self) -> Plan:
         """Return the next step.  Its memory operations count as done: it must be carried out and committed."""
         plan = Plan()
+        if not self.cuttable:
+            self._save_forks(plan.ops)
         self._wake_followers(plan.ops)
         self._admit(plan.ops)
         self._park_resting(plan.ops)
@@ -4372,6 +4374,16 @@ class Batch:
 
     # -- who joins --
 
+    def _save_forks(self, ops: list[MemoryOp]) -> None:
+        """Park memory that cannot be cut where prompts are known to branch off: only there it can serve the next one."""
+        for sequence in self.running:
+            if sequence.n_fed in sequence.stops:
+                sequence.stops.remove(sequence.n_fed)
+                _, known = self._parked_prefix(sequence)
+                if known < sequence.n_fed and self.capacity.parked_bytes > 0:
+                    self._add_segment(sequence, None, 0, sequence.n_fed)
+                    ops.append(ParkCells(sequence.seq_id, self._next_segment - 1, 0, sequence.n_fed, whole=True))
+
     def _wake_followers(self, ops: list[MemoryOp]) -> None:
         """Start the followers whose leader has got there, or is no more."""
         for sequence in self.running:
@@ -4418,7 +4430,7 @@ class Batch:
         if may_follow and (ahead := self._choose_leader(path, sequence)) and ahead[1] - length >= SHARE_MIN_TOKENS:
             sequence.leader, sequence.boundary = ahead
             sequence.phase = "following"
-            if not self.cuttable:
+            if not self.cuttable and ahead[1] not in ahead[0].stops:
                 ahead[0].stops.append(ahead[1])
             if sequence.node is None:
                 self._tree.add(sequence, sequence.tokens, 0, len(sequence.tokens))
@@ -4433,6 +4445,8 @@ class Batch:
             case None:
                 length = 0
         sequence.n_fed = length
+        if not self.cuttable and path and path[-1][1] - length >= SHARE_MIN_TOKENS:
+            sequence.stops.append(path[-1][1])  # others began so too, but their memory could not be cut here
         if sequence.n_cached is None:
             sequence.n_cached = min(length, sequence.n_prompt)
         if sequence.node is None:
@@ -4595,8 +4609,10 @@ class Batch:
     def _add_segment(self, sequence: BatchSequence, parent: Segment | None, start: int, end: int) -> None:
         """Enter a segment into the table and the tree."""
         size_bytes = (end - start) * self.capacity.cell_bytes
-        path, pinned = sequence.tokens[:end], sequence.declared
-        segment = Segment(self._next_segment, path, start, end, sequence.pos_min, parent, pinned, size_bytes)
+        path, pinned, pos_min = sequence.tokens[:end], sequence.declared, sequence.pos_min
+        if self.capacity.kind == "window":  # what is behind the window may linger in the cache, but is not saved
+            pos_min = max(pos_min, end - self.capacity.window)
+        segment = Segment(self._next_segment, path, start, end, pos_min, parent, pinned, size_bytes)
         self._next_segment += 1
         self._tree.add(segment, segment.tokens, start, end)
         self.segments[segment.id] = segment
@@ -6182,7 +6198,7 @@ class FolderWatch:
 
     def _look(self, path: str, mask: int, changes: FolderChanges) -> None:
         """Add to `changes` what has become of `path`, after an event."""
-        linked = Path(path).is_symlink()
+        linked = _is_link(path)
         if linked or path in self.roots:
             self._await_path(path)
         try:
@@ -6256,8 +6272,10 @@ class FolderWatch:
         """Watch the folders in which a root, or a link, or a link on the way, would change, come back or vanish."""
         turns: list[tuple[str, str]] = []
         for _ in range(3):  # again if something came between looking and watching; the events tell of what comes later
-            if turns == (turns := _find_turns(path)):
+            found = _find_turns(path)
+            if found == turns:
                 break
+            turns = found
             for folder, name in turns:
                 with contextlib.suppress(OSError):
                     self._awaited.setdefault(self._watch(folder), {}).setdefault(name, set()).add(path)
@@ -6266,7 +6284,7 @@ class FolderWatch:
         """Return whether an awaited path is still a root, or a link in a folder that is listed."""
         folder = os.path.split(path)[0]
         listed = any(folder in paths for paths in self._folders.values())
-        return path in self.roots or (listed and Path(path).is_symlink())
+        return path in self.roots or (listed and _is_link(path))
 
     def _forget(self, top: str) -> bool:
         """Stop watching `top` and all below; return whether it was a folder."""
@@ -6289,6 +6307,14 @@ class FolderWatch:
             )  # fmt: skip
 
 
+def _is_folder(path: str | Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises where it may not look
+
+
+def _is_link(path: str) -> bool:
+    return os.path.islink(path)  # noqa: PTH114 - as above
+
+
 def _find_turns(path: str) -> list[tuple[str, str]]:
     """Return (folder, name in it) of all that decides where `path` leads: links on the way, and where the way ends."""
     turns = []
@@ -6296,12 +6322,15 @@ def _find_turns(path: str) -> list[tuple[str, str]]:
     for _ in range(_STEPS_LIMIT):
         name = names.pop()
         place = Path(here, name)
-        if place.is_symlink():
-            turns.append((here, name))
+        try:
             target = str(place.readlink())
+        except OSError:  # no link, or not to be seen
+            target = ""
+        if target:
+            turns.append((here, name))
             here = "/" if target.startswith("/") else here
             names += target.split("/")[::-1]
-        elif not names or not place.is_dir():
+        elif not names or not _is_folder(place):
             return [*turns, (here, name)]
         else:
             here = os.path.normpath(place)  # no link in it: ".." is what it seems
@@ -6611,6 +6640,9 @@ class HashThreads:
 
 # -- the index --
 
+_PUBLISH_S: Final = 0.05  # the longest that a change waits for others to be told with it
+_SAVE_S: Final = 5.0  # the same for the digest cache
+
 
 class IndexProgress(NamedTuple):
     """How far hashing is, since it last had nothing to do."""
@@ -6769,7 +6801,7 @@ class ModelIndex:
         for identity in self._jobs.keys() - {stamp.identity for stamp in self._files.values()}:
             self._jobs.pop(identity).cancelled = True
         self._save_soon()
-        self._publish_soon()
+        self._publish_soon(_PUBLISH_S if self._jobs else 0.0)
 
     def _take_file(self, path: str, stamp: Stamp, *, written: bool, exact: bool) -> None:
         """Note a file that is there, and have read what is not known of it."""
@@ -6825,15 +6857,19 @@ class ModelIndex:
                     self._cache.put(stamp, job.known)
             (self._racy.add if job.racy else self._racy.discard)(identity)
             self._save_soon()
-        self._publish_soon()
+        self._publish_soon(0.0 if job.finished else _PUBLISH_S)  # a short file's SHA may come at once
 
     # -- telling others --
 
-    def _publish_soon(self) -> None:
-        """Publish at once, but after a busy time wait so long that publishing takes a tenth of the loop at most."""
-        if self._publishing is None:
-            at, took_s = self._published_at
-            self._publishing = self._loop.call_at(min(at + 10 * took_s, self._loop.time() + 0.05), self._publish)
+    def _publish_soon(self, wait_s: float = 0.0) -> None:
+        """Publish in `wait_s`, or so long after the last time that publishing takes a tenth of the loop at most."""
+        published_at, took_s = self._published_at
+        now = self._loop.time()
+        due = min(max(now + wait_s, published_at + 10 * took_s), now + _PUBLISH_S)
+        if self._publishing is None or due < self._publishing.when():
+            if self._publishing:
+                self._publishing.cancel()
+            self._publishing = self._loop.call_at(due, self._publish)
 
     def _publish(self) -> None:
         """Replace the inventory if something is new, and tell everybody."""
@@ -6863,7 +6899,7 @@ class ModelIndex:
     def _save_soon(self) -> None:
         """Write the cache once for all that comes in the next seconds."""
         if self._saving is None:
-            self._saving = self._loop.call_later(5.0, self._save)
+            self._saving = self._loop.call_later(_SAVE_S, self._save)
 
     def _save(self) -> None:
         self._saving = None
@@ -7025,6 +7061,8 @@ STALL_LIMIT_S: Final = 600.0  # a load without progress for so long, and ...
 STALL_BYTES_PER_S: Final = 50e6  # ... as long as the slowest disk needs for the model, has hung
 RATE_WINDOW: Final = 32  # requests that the service rate is measured on
 RETRY_AFTER_LIMIT_S: Final = 600.0
+# As a module (-m) the program is read from its cached bytecode; as a script it is compiled at every start, in 0.15 s.
+_PROGRAM_PATH: Final = os.pathsep.join(filter(None, (str(Path(__file__).parent.absolute()), os.environ.get("PYTHONPATH"))))
 _SUPERVISOR_LOG: Final = logging.getLogger("localaid.supervisor")
 
 ItemT = TypeVar("ItemT")
@@ -7253,6 +7291,7 @@ class WorkerProcess(asyncio.Protocol):
             stdin=subprocess.DEVNULL,
             stdout=2,
             pass_fds=(fd,),
+            env={**os.environ, "PYTHONPATH": _PROGRAM_PATH},
             start_new_session=True,  # Ctrl-C at the terminal is for the daemon
         )
         self.pid = self._popen.pid
@@ -7658,7 +7697,7 @@ class Supervisor:
         """
         self.queue_size = queue_size
         self.keep_alive_s = keep_alive_s
-        self.worker_argv = worker_argv or (sys.executable, str(Path(__file__).absolute()), "worker")
+        self.worker_argv = worker_argv or (sys.executable, "-P", "-m", Path(__file__).stem, "worker")
         self.loaded: frozenset[str] = frozenset()  # SHA-256 of the models in memory; replaced in one assignment
         self._loop = asyncio.get_running_loop()
         self._on_change = on_change or (lambda: None)
@@ -7862,7 +7901,7 @@ class State(Protocol):
 
 def make_app(state: State) -> web.Application:
     """Return the web application for a daemon's state."""
-    app = web.Application(middlewares=[answer_errors], client_max_size=BODY_LIMIT_BYTES)
+    app = web.Application(middlewares=[web.middleware(answer_errors)], client_max_size=BODY_LIMIT_BYTES)
 
     def route(method: str, path: str, handle: Callable[[State, web.Request], Awaitable[web.StreamResponse]]) -> None:
         app.router.add_route(method, path, functools.partial(handle, state))
@@ -7881,31 +7920,28 @@ def make_app(state: State) -> web.Application:
 # -- middlewares --
 
 
-if sys.argv[1:2] != ["worker"]:
-
-    @web.middleware
-    async def answer_errors(
-        request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        """Answer every error with OpenAI's envelope; one that nobody expected is logged, with an id to find it by."""
-        try:
-            return await handler(request)
-        except LocalaidError as error:
-            return error_response(error)
-        except web.HTTPRequestEntityTooLarge:
-            return error_response(BodyTooLarge(limit_bytes=BODY_LIMIT_BYTES))
-        except web.HTTPException as error:
-            if error.status == HTTPStatus.NOT_FOUND:
-                return error_response(RouteNotFound(request.method, request.path))
-            if error.status == HTTPStatus.METHOD_NOT_ALLOWED:
-                return error_response(MethodNotAllowed(request.method, request.path))
-            raise
-        except ConnectionError:
-            raise  # the client has gone: nobody is left to be told
-        except Exception:  # noqa: BLE001 - the last resort: the client gets an answer and the log the traceback
-            request_id = _new_id("req")
-            _HTTP_LOG.exception("%s: %s %s failed", request_id, request.method, request.path)
-            return error_response(InternalFault(request_id=request_id))
+async def answer_errors(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Answer every error with OpenAI's envelope; one that nobody expected is logged, with an id to find it by."""
+    try:
+        return await handler(request)
+    except LocalaidError as error:
+        return error_response(error)
+    except web.HTTPRequestEntityTooLarge:
+        return error_response(BodyTooLarge(limit_bytes=BODY_LIMIT_BYTES))
+    except web.HTTPException as error:
+        if error.status == HTTPStatus.NOT_FOUND:
+            return error_response(RouteNotFound(request.method, request.path))
+        if error.status == HTTPStatus.METHOD_NOT_ALLOWED:
+            return error_response(MethodNotAllowed(request.method, request.path))
+        raise
+    except ConnectionError:
+        raise  # the client has gone: nobody is left to be told
+    except Exception:  # noqa: BLE001 - the last resort: the client gets an answer and the log the traceback
+        request_id = _new_id("req")
+        _HTTP_LOG.exception("%s: %s %s failed", request_id, request.method, request.path)
+        return error_response(InternalFault(request_id=request_id))
 
 
 def error_response(error: LocalaidError) -> web.Response:

@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import shlex
 import shutil
 import signal
@@ -38,11 +39,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import localaid
 import msgspec
 
+import localaid
 from models import english, find_gemma, find_smollm2, place_model, write_tiny_llama
-from processes import LocalaidProcess, ProcessFailed, cpu_seconds, process_group
+from processes import LocalaidProcess, ProcessFailed, cpu_seconds, process_tree
 
 PROGRAM = Path(localaid.__file__)
 ANSWER_S = 600.0  # for one request; more means that something hangs
@@ -97,13 +98,13 @@ TARGETS: dict[tuple[str, str], tuple[Target, ...]] = {
     ("hash", "one core, GB/s"): (Target(">=", 0.9),),
     ("hash", "two cores, GB/s"): (Target(">=", 1.7),),
     ("restart", "ready, s"): (Target("<=", 1.0, relative=False),),
-    ("restart", "read of the files, %"): (Target("<=", 0, relative=False),),
+    ("restart", "read of the files, %"): (Target("<=", 1, relative=False),),
     ("listed", "file closed to listed, ms"): (Target("<=", 100, relative=False),),
     ("config", "saved to in force, ms"): (Target("<=", 100, relative=False),),
     ("resolve", "10 rules, us"): (Target("<=", 5, relative=False),),
     ("resolve", "1,000 rules, us"): (Target("<=", 5, relative=False),),
     ("resolve", "100,000 rules, us"): (Target("<=", 5, relative=False),),
-    ("resolve", "100,000 rules : 10 rules"): (Target("<=", 1.5, relative=False),),
+    ("resolve", "100,000 rules : 10 rules, 10 names"): (Target("<=", 1.5, relative=False),),
 }
 
 # What the column of the peer holds where that is not llama-server.
@@ -514,7 +515,7 @@ async def run_localaid(folder: Path, model: str, threads: int) -> AsyncIterator[
         await asyncio.to_thread(process.wait_ready)
         yield Server("localaid", int(process.base_url.rpartition(":")[2]), model, process.pid)
     finally:
-        await asyncio.to_thread(process.kill)
+        await asyncio.to_thread(process.stop)  # what it knows is saved then
 
 
 @contextlib.asynccontextmanager
@@ -538,8 +539,9 @@ async def run_peer(options: Options, model: Path) -> AsyncIterator[Server]:
                 await asyncio.sleep(0.005)  # the peer cannot tell when it is ready
         yield server
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the wrapper does not hand signals on
+        for pid in process_tree(process.pid):  # the wrapper does not hand signals on
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
@@ -551,11 +553,11 @@ async def _is_healthy(server: Server) -> bool:
 
 
 async def wait_until(holds: Callable[[], Awaitable[bool]], what: str, timeout_s: float = 120.0) -> float:
-    """Return the time at which something came true, looked at every 2 ms."""
+    """Return the time at which something came true, looked at every 5 ms (each look costs the daemon 2)."""
     try:
         async with asyncio.timeout(timeout_s):
             while not await holds():
-                await asyncio.sleep(0.002)
+                await asyncio.sleep(0.005)
     except TimeoutError:
         raise CaseFailed(f"{what}: not within {timeout_s:.0f} s") from None
     return time.perf_counter()
@@ -606,7 +608,9 @@ async def _start_all(options: Options, model: Path, stack: contextlib.AsyncExitS
 
 async def _measure(table: Table, case: str, model: str, server: Server, others: list[Server], *, seed: str) -> None:
     """Run one case once on one server, and see to it that the others are idle."""
-    idle = {other.side: _group_cpu(other) for other in others}
+    for other in others:
+        await _wait_idle(other)
+    idle = {other.side: _tree_cpu(other) for other in others}
     began = time.perf_counter()
     try:
         figures = await SERVING_CASES[case.partition(" ")[0]](server, seed)
@@ -616,13 +620,25 @@ async def _measure(table: Table, case: str, model: str, server: Server, others: 
     wall = time.perf_counter() - began
     table.add(server.side, case, model, figures)
     for other in others:
-        share = (_group_cpu(other) - idle[other.side]) / wall
+        share = (_tree_cpu(other) - idle[other.side]) / wall
         if share > IDLE_SHARE:
             table.note(case, model, f"{other.side} used {share:.0%} of a core while {server.side} was measured")
 
 
-def _group_cpu(server: Server) -> float:
-    return sum(cpu_seconds(pid) for pid in process_group(server.process_id))
+async def _wait_idle(server: Server) -> None:
+    """Let a server finish what is left of the streams that a case gave up."""
+    async with asyncio.timeout(ANSWER_S):
+        used = -1.0
+        while used != (used := _tree_cpu(server)):
+            await asyncio.sleep(0.1)
+
+
+def _tree_cpu(server: Server) -> float:
+    total = 0.0
+    for pid in process_tree(server.process_id):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            total += cpu_seconds(pid)
+    return total
 
 
 # -- cold start --
@@ -687,6 +703,7 @@ async def bench_hash(options: Options, table: Table) -> None:
 
 KNOWN_FILES = 1000
 KNOWN_CONFIGS = 2000
+FOLDER_REPEATS = 20  # these are quick
 
 
 def write_variant(source: bytes, path: Path, number: int) -> None:
@@ -695,28 +712,26 @@ def write_variant(source: bytes, path: Path, number: int) -> None:
 
 
 async def bench_folders(options: Options, table: Table) -> None:
-    """1,000 known files and 2,000 configs: a restart, a file more, a config more."""
+    """1,000 known files: a file more, a restart; with 2,000 configs: a config more."""
     folder = options.folder / "folders"
     (folder / "models").mkdir(parents=True)
     (folder / "configs").mkdir()
     tiny = write_tiny_llama(options.folder / "tiny.gguf").read_bytes()
     for number in range(KNOWN_FILES):
         write_variant(tiny, folder / "models" / f"known-{number:04}.gguf", number)
-    if "config" in options.cases:
-        for number in range(KNOWN_CONFIGS):
-            (folder / "configs" / f"config-{number:04}.yaml").write_text(_config(f"config-{number:04}", number % 1000))
     async with run_localaid(folder, "known-0000", options.threads) as server:
         await _wait_for_all(server)
-        await asyncio.sleep(2)  # the digests are saved a moment after the last change
+        for repeat in range(FOLDER_REPEATS if "listed" in options.cases else 0):
+            await _drop_file(server, folder, tiny, repeat, table)
     if "restart" in options.cases:
         for _ in range(options.repeats):
             await _restart(options, folder, len(tiny) * KNOWN_FILES, table)
-    async with run_localaid(folder, "known-0000", options.threads) as server:
-        await _wait_for_all(server)
-        for repeat in range(max(options.repeats, 20)):
-            if "listed" in options.cases:
-                await _drop_file(server, folder, tiny, repeat, table)
-            if "config" in options.cases:
+    if "config" in options.cases:
+        for number in range(KNOWN_CONFIGS):
+            (folder / "configs" / f"config-{number:04}.yaml").write_text(_config(f"config-{number:04}", number % 1000))
+        async with run_localaid(folder, "known-0000", options.threads) as server:
+            await _wait_for_all(server)
+            for repeat in range(FOLDER_REPEATS):
                 await _save_config(server, folder, repeat, table)
 
 
@@ -753,9 +768,8 @@ async def _restart(options: Options, folder: Path, weights_bytes: int, table: Ta
     config_bytes = sum(path.stat().st_size for path in (folder / "configs").iterdir())
     cache_bytes = sum(path.stat().st_size for path in (folder / "state").rglob("*") if path.is_file())
     more = max(0, read[0] - read[1] - config_bytes - cache_bytes)
-    # Sockets, /proc and inotify count as reads too: below 1 % of the weights is nothing.
-    share = 100 * more / weights_bytes
-    table.add("localaid", "restart", "", {"ready, s": ready_s, "read of the files, %": share if share >= 1 else 0.0})
+    # Sockets, /proc and inotify count as reads too, so that a little is nothing.
+    table.add("localaid", "restart", "", {"ready, s": ready_s, "read of the files, %": 100 * more / weights_bytes})
 
 
 async def _drop_file(server: Server, folder: Path, tiny: bytes, repeat: int, table: Table) -> None:
@@ -786,17 +800,21 @@ async def _save_config(server: Server, folder: Path, repeat: int, table: Table) 
 
 async def bench_resolve(options: Options, table: Table) -> None:
     """Resolve at three sizes of the table: every tenth name is found by a glob, the others are exact."""
+    tables = {rules: _make_rules(rules) for rules in (10, 1000, 100_000)}
     for _ in range(options.repeats):
-        times = {count: _time_resolve(count) for count in (10, 1000, 100_000)}
-        figures = {f"{count:,} rules, us": seconds * 1e6 for count, seconds in times.items()}
-        figures["100,000 rules : 10 rules"] = times[100_000] / times[10]
+        figures = {f"{rules:,} rules, us": _time_resolve(*made, names=1000) * 1e6 for rules, made in tables.items()}
+        # Ten names only: what is compared is work, not how much of a big table the processor's cache holds.
+        small, big = _time_resolve(*tables[10], names=10), _time_resolve(*tables[100_000], names=10)
+        figures["100,000 rules : 10 rules, 10 names"] = big / small
         table.add("localaid", "resolve", "", figures)
 
 
-def _time_resolve(rules: int, calls: int = 20_000) -> float:
-    """Return the seconds that one call takes, over names that were all asked for before."""
-    shas = [f"{number:064x}" for number in range(rules)]
-    chat = "/v1/chat/completions"
+CHAT = "/v1/chat/completions"
+
+
+def _make_rules(count: int) -> tuple[localaid.Table, localaid.Inventory, list[str]]:
+    """Return a table of `count` rules, up to 1,000 files, and a name for each rule."""
+    shas = [f"{number:064x}" for number in range(min(count, 1000))]
     inventory = localaid.Inventory(
         localaid.FileEntry(
             path=f"/models/{number}.gguf",
@@ -804,32 +822,37 @@ def _time_resolve(rules: int, calls: int = 20_000) -> float:
             sha256=sha,
             size_bytes=1,
             mtime=float(number),
-            serves=frozenset([chat]),
+            serves=frozenset([CHAT]),
         )
-        for number, sha in enumerate(shas[:1000])
+        for number, sha in enumerate(shas)
     )
     example = localaid.parse_config(b"{name: x, shas: ['*'], temperature: 0.7}", file="x.yaml", layer="user")[0]
-    made = [
+    rules = [
         msgspec.structs.replace(
             example,
             name=f"model-{number}",
             file=f"{number}.yaml",
-            shas=(f"sha256:{shas[number % 1000 if rules > 1000 else number]}",),
+            shas=(f"sha256:{shas[number % len(shas)]}",),
             names=(f"model-{number}-*",) if number % 10 == 0 else (f"model-{number}",),
         )
-        for number in range(rules)
+        for number in range(count)
     ]
-    table = localaid.build_table(made)
-    step = max(1, rules // 1000)
-    names = [f"model-{number}-x" if number % 10 == 0 else f"model-{number}" for number in range(0, rules, step)]
-    for name in names:
-        found = localaid.resolve(table, inventory, chat, name)
-        if found.file is None:
-            raise CaseFailed(f"{name} resolves to nothing among {rules} rules")
-    asked = list(itertools.islice(itertools.cycle(names), calls))
-    began = time.perf_counter()
+    names = [f"model-{number}-x" if number % 10 == 0 else f"model-{number}" for number in range(count)]
+    return localaid.build_table(rules), inventory, names
+
+
+def _time_resolve(
+    table: localaid.Table, inventory: localaid.Inventory, every: list[str], *, names: int, calls: int = 20_000
+) -> float:
+    """Return the seconds that one call takes, over names from the whole table that were all asked for before."""
+    asked = random.Random(names).sample(every, min(names, len(every)))  # always the same ones
     for name in asked:
-        localaid.resolve(table, inventory, chat, name)
+        if localaid.resolve(table, inventory, CHAT, name).file is None:
+            raise CaseFailed(f"{name} resolves to nothing")
+    repeated = list(itertools.islice(itertools.cycle(asked), calls))
+    began = time.perf_counter()
+    for name in repeated:
+        localaid.resolve(table, inventory, CHAT, name)
     return (time.perf_counter() - began) / calls
 
 
@@ -872,6 +895,11 @@ def describe_machine() -> Iterator[str]:
     )
     yield f"{os.cpu_count()} cores of {cpu}, Linux {platform.release()}, Python {platform.python_version()}"
     yield f"localaid {localaid.__version__}, llama-cpp-python {importlib.metadata.version('llama-cpp-python')}"
+
+
+def _shown(options: Options) -> str:
+    given = "" if "{model}" in options.peer else f" {PEER_OPTIONS.format(threads=options.threads)}"
+    return f"{options.peer}{given}" if options.peer else "none"
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -917,9 +945,7 @@ def main() -> int:
         except KeyboardInterrupt:
             say("stopped: the table has what was measured so far")
         print(*describe_machine(), sep="\n")
-        print(
-            f"medians of {options.repeats}; ratio: median of the pairs; peer: {options.peer or 'none'} {PEER_OPTIONS}\n"
-        )
+        print(f"medians of {options.repeats}; ratio: median of the pairs; peer: {_shown(options)}\n")
         print(table.render())
     verdicts = [row.cells()[-1] for row in table.rows.values()]
     return 0 if all(verdict == "PASS" for verdict in verdicts) else 1

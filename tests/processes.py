@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 READY = re.compile(r"localaid: ready on (http://\S+|unix:\S+)")
@@ -37,7 +38,7 @@ class LocalaidProcess:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
-            start_new_session=True,  # its process group is the daemon with its workers, and nothing else
+            start_new_session=True,  # Ctrl-C at a terminal is the tests' own
         )
         self.pid = self.process.pid
         self.lines: list[str] = []
@@ -81,20 +82,17 @@ class LocalaidProcess:
         """Wait for the ready line; `base_url` is known then."""
         self.base_url = self.wait_for_line(READY).group(1).rstrip("/")
 
-    def group(self) -> list[int]:
-        """Return the process ids of the daemon and its workers that still run."""
-        return process_group(self.pid)
-
     def workers(self) -> list[int]:
-        """Return the process ids of its workers."""
-        return [pid for pid in self.group() if pid != self.pid]
+        """Return the process ids of its workers that run."""
+        return process_tree(self.pid)[1:]
 
     def signal(self, number: signal.Signals) -> None:
         """Send the daemon (not its workers) a signal."""
         self.process.send_signal(number)
 
     def stop(self) -> int:
-        """Stop it as systemd does and return its exit code; nothing of it may be left."""
+        """Stop it as systemd does and return its exit code; no worker may be left."""
+        workers = self.workers()
         if self.process.poll() is None:
             self.process.terminate()
         try:
@@ -102,31 +100,51 @@ class LocalaidProcess:
         except subprocess.TimeoutExpired:
             self.kill()
             raise ProcessFailed(f"it did not stop within {STOP_S:.0f} s of SIGTERM:\n{self.log}") from None
-        left = self.group()
+        left = [pid for pid in workers if is_running(pid)]
         self.kill()
-        if left and code == 0:
-            raise ProcessFailed(f"it stopped and left the processes {left} behind:\n{self.log}")
+        _kill_all(left)
+        if left:
+            raise ProcessFailed(f"it stopped and left its workers {left} behind:\n{self.log}")
         return code
 
     def kill(self) -> None:
         """End the daemon and its workers at once."""
-        if self.group():
-            os.killpg(self.pid, signal.SIGKILL)
+        _kill_all(process_tree(self.pid))
         self.process.wait()
-        self._reader.join()
+        self._reader.join(STOP_S)
 
 
-def process_group(leader: int) -> list[int]:
-    """Return the process ids of a process group that still run (a zombie does not)."""
-    found = []
+def _kill_all(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    """Tell whether a process runs (a zombie does not)."""
+    return _parent_of(pid) is not None
+
+
+def process_tree(root: int) -> list[int]:
+    """Return the ids of a process and all its descendants that run, the root first."""
+    children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-        except OSError:  # it ended meanwhile
-            continue
-        if int(group) == leader and state != "Z":
-            found.append(int(folder.name))
+        pid = int(folder.name)
+        if (parent := _parent_of(pid)) is not None:
+            children.setdefault(parent, []).append(pid)
+    found = [root] if is_running(root) else []
+    for pid in found:
+        found += children.get(pid, ())
     return found
+
+
+def _parent_of(pid: int) -> int | None:
+    """Return a process's parent, None if it does not run."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return None
+    return None if state == "Z" else int(parent)
 
 
 def cpu_seconds(pid: int) -> float:

@@ -40,6 +40,7 @@ class SimulatedMemory:
     capacity: Capacity
     cells: dict[int, list[Cell]] = field(default_factory=dict)
     parked: dict[int, tuple[list[Cell], int]] = field(default_factory=dict)
+    first: dict[int, int] = field(default_factory=dict)  # sequence id -> first position that a restored one still has
     number: itertools.count[int] = field(default_factory=itertools.count)
     decoded_tokens: int = 0
 
@@ -49,11 +50,8 @@ class SimulatedMemory:
         return len({cell for cells in self.cells.values() for cell in cells})
 
     def pos_min(self, seq_id: int) -> int:
-        """Return the first position of a sequence that can still be looked at."""
-        cells = self.cells.get(seq_id, [])
-        if self.capacity.kind == "window":
-            return max(0, len(cells) - self.capacity.window)
-        return 0
+        """Return the first position that the memory has: what leaves a window lingers, but is not saved."""
+        return self.first.get(seq_id, 0)
 
     def run(self, op: MemoryOp) -> None:
         """Carry out one operation."""
@@ -65,14 +63,17 @@ class SimulatedMemory:
                 assert not recurrent or len(self.cells[source]) == end
                 assert not self.cells.get(target)
                 self.cells[target] = self.cells[source][:end]
+                self.first[target] = self.first.get(source, 0)
             case DropCells(seq_id, start):
                 assert start == 0
                 self.cells[seq_id] = []
+                self.first[seq_id] = 0
             case ParkCells(seq_id, segment, start, end, whole):
                 cells = self.cells[seq_id][start:end]
                 assert len(cells) == end - start
                 assert not whole or (start == 0 and end == len(self.cells[seq_id]))
-                self.parked[segment] = (cells, self.pos_min(seq_id))
+                behind = end - self.capacity.window if self.capacity.kind == "window" else 0
+                self.parked[segment] = (cells, max(behind, self.first.get(seq_id, 0)))
             case RestoreCells(segment, target, start, end, _):
                 cells, pos_min = self.parked[segment]
                 mine = self.cells.setdefault(target, [])
@@ -81,6 +82,7 @@ class SimulatedMemory:
                     assert end == len(cells)
                 if self.capacity.kind == "window" and end < len(cells):
                     assert pos_min <= max(0, end - self.capacity.window)
+                self.first[target] = max(pos_min, 0)
                 mine += [(next(self.number), position, token) for _, position, token in cells[: end - start]]
             case ForgetSegment(segment):
                 del self.parked[segment]
@@ -253,6 +255,20 @@ def test_what_a_rule_declares_is_there_before_anybody_asks(kind: MemoryKind) -> 
     finish_all(batch, memory, {late: 1})
     assert late.n_cached == 100
     assert batch.parked_bytes <= 200
+
+
+@pytest.mark.parametrize("kind", ["window", "recurrent"])
+def test_memory_that_cannot_be_cut_is_kept_where_prompts_branch_off(kind: MemoryKind) -> None:
+    """The second chat with a common opening shows where it ends; from the third on it is not fed any more."""
+    memory = SimulatedMemory(capacity(kind))
+    batch = Batch(memory.capacity)
+    cached = []
+    for i in range(4):
+        sequence = BatchSequence([7] * 100 + [20 + i] * 30, 130)
+        batch.add(sequence)
+        finish_all(batch, memory, {sequence: 20})
+        cached.append(sequence.n_cached)
+    assert cached == [0, 0, 100, 100]
 
 
 def test_a_long_prompt_does_not_stall_the_others() -> None:

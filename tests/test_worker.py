@@ -1,0 +1,344 @@
+"""WORKER: a real process with a real model, driven frame by frame."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import localaid
+from localaid import (
+    FROM_WORKER,
+    Accepted,
+    Cancel,
+    ChatMessage,
+    ChatPrompt,
+    Declare,
+    Delta,
+    FrameReader,
+    FromWorker,
+    Loaded,
+    LoadFailed,
+    Loading,
+    LoadModel,
+    LoadOptions,
+    Prompt,
+    Prompts,
+    Rejected,
+    Sampling,
+    Step,
+    Stop,
+    Submit,
+    TextPrompt,
+    TokenPrompt,
+    ToWorker,
+    encode_frame,
+    error_from_wire,
+)
+
+GREEDY = Sampling(temperature=0.0, max_tokens=16)
+OPTIONS = LoadOptions(threads=2, ctx_size=1024, parallel=4)
+SYSTEM = "You answer with great care. " * 12
+
+
+class WorkerEnd:
+    """The daemon's end of a worker: sends messages, collects what comes."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, localaid.__file__, "worker", "--fd", str(theirs.fileno())]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        theirs.close()
+        ours.settimeout(120)
+        self.socket = ours
+        self._reader = FrameReader(FROM_WORKER)
+        self._messages: list[FromWorker] = []
+        self.deltas: dict[int, list[Delta]] = {}
+        self.accepted: dict[int, Accepted] = {}
+        self.rejected: dict[int, Rejected] = {}
+        self.steps: list[Step] = []
+
+    def send(self, *messages: ToWorker) -> None:
+        """Send messages in one write, so that they arrive together."""
+        self.socket.sendall(b"".join(map(encode_frame, messages)))
+
+    def next(self) -> FromWorker:
+        """Return the next message; note what it says of requests."""
+        while not self._messages:
+            chunk = self.socket.recv(1 << 16)
+            if not chunk:
+                raise EOFError
+            self._messages += self._reader.feed(chunk)
+        message = self._messages.pop(0)
+        match message:
+            case Step():
+                self.steps.append(message)
+                for delta in message.deltas:
+                    self.deltas.setdefault(delta.id, []).append(delta)
+                self.accepted |= {accepted.id: accepted for accepted in message.accepted}
+            case Rejected():
+                self.rejected[message.id] = message
+            case _:
+                pass
+        return message
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        """Take messages until something holds."""
+        while not holds():
+            self.next()
+
+    def finished(self, request: int, n: int = 1) -> bool:
+        """Return whether all sequences of a request have ended."""
+        return sum(delta.finish is not None for delta in self.deltas.get(request, [])) == n
+
+    def text(self, request: int, index: int = 0) -> str:
+        """Return what a sequence has said."""
+        return "".join(delta.text for delta in self.deltas[request] if delta.index == index)
+
+    def load(self, path: Path, options: LoadOptions = OPTIONS, declared: list[Prompts] | None = None) -> Loaded:
+        """Load a model; return what it turned out to be."""
+        self.send(LoadModel(path=str(path), options=options, declared=declared or [], cache_bytes=1 << 28))
+        while isinstance(message := self.next(), Loading):
+            assert 0 <= message.progress <= 1
+        assert isinstance(message, Loaded)
+        return message
+
+    def close(self) -> int:
+        """Close the daemon's end; return the exit status."""
+        self.socket.close()
+        return self.process.wait(30)
+
+
+@contextlib.contextmanager
+def start() -> Iterator[WorkerEnd]:
+    """Run a worker; it must be gone after."""
+    end = WorkerEnd()
+    try:
+        yield end
+    finally:
+        end.socket.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            end.process.wait(10)
+        end.process.kill()
+        end.process.wait()
+
+
+@pytest.fixture(scope="module")
+def shared(smollm2: Path) -> Iterator[WorkerEnd]:
+    """One worker on SmolLM2 for the tests that leave it as it was."""
+    with start() as end:
+        loaded = end.load(smollm2)
+        assert (loaded.ctx_size, loaded.parallel, loaded.vocab_tokens) == (1024, 4, 49152)
+        assert loaded.rss_bytes > smollm2.stat().st_size // 2
+        yield end
+
+
+_ids = iter(range(1, 1 << 30))
+
+
+def ask(end: WorkerEnd, prompt: Prompt, sampling: Sampling = GREEDY, **more: object) -> int:
+    """Send one request; return its id."""
+    request = next(_ids)
+    end.send(Submit(id=request, prompt=prompt, sampling=sampling, **more))  # type: ignore[arg-type]
+    return request
+
+
+def chat(text: str, prompts: Prompts | None = None) -> ChatPrompt:
+    """Return a chat of one message."""
+    return ChatPrompt(messages=[ChatMessage(role="user", content=text)], prompts=prompts or Prompts())
+
+
+def test_a_chat_is_answered(shared: WorkerEnd) -> None:
+    """Accepted comes with the first delta; the tokens count up; the last delta has the finish."""
+    request = ask(shared, chat("Say hi."))
+    shared.until(lambda: shared.finished(request))
+    deltas = shared.deltas[request]
+    assert shared.accepted[request].prompt_tokens > 10
+    assert [delta.tokens for delta in deltas] == sorted(delta.tokens for delta in deltas)
+    assert deltas[-1].finish in ("stop", "length")
+    assert shared.text(request)
+
+
+def test_requests_that_arrive_together_run_in_one_batch(shared: WorkerEnd) -> None:
+    """Eight requests, four places: never more than four run, and they do run together."""
+    requests = [next(_ids) for _ in range(8)]
+    before = len(shared.steps)
+    shared.send(*(Submit(id=r, prompt=TextPrompt(text=f"{r} apples and"), sampling=GREEDY) for r in requests))
+    shared.until(lambda: all(map(shared.finished, requests)))
+    together = [len(step.deltas) for step in shared.steps[before:]]
+    assert max(together) == 4
+    assert max(step.running for step in shared.steps[before:]) == 4
+
+
+def test_the_sequences_of_a_request_share_its_prompt_and_differ(shared: WorkerEnd) -> None:
+    """`n`: one prompt, several answers; a seed makes them repeatable."""
+    sampling = Sampling(temperature=1.0, top_k=0, seed=5, max_tokens=12)
+    texts = []
+    for _ in range(2):
+        request = ask(shared, TextPrompt(text="Once upon a time there was"), sampling, n=3)
+        shared.until(lambda request=request: shared.finished(request, 3))  # type: ignore[misc]
+        texts.append([shared.text(request, index) for index in range(3)])
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) == 3
+
+
+def test_an_identical_prompt_is_taken_from_the_cache(shared: WorkerEnd) -> None:
+    """All of it but the last token, which gives the logits."""
+    prompt = TextPrompt(text="The quick brown fox jumps over the lazy dog. " * 8)
+    for expected_missing in (None, 1):
+        request = ask(shared, prompt)
+        shared.until(lambda request=request: shared.finished(request))  # type: ignore[misc]
+        accepted = shared.accepted[request]
+        if expected_missing:
+            assert accepted.prompt_tokens - accepted.cached_tokens == expected_missing
+
+
+def test_stop_words_end_an_answer_and_are_not_in_it(shared: WorkerEnd) -> None:
+    """The text before the stop word is all there is."""
+    request = ask(shared, TokenPrompt(tokens=list(range(100, 140))), Sampling(temperature=0.0, max_tokens=40))
+    shared.until(lambda: shared.finished(request))
+    whole = shared.text(request)
+    stop = whole[len(whole) // 2 :][:6]
+    request = ask(shared, TokenPrompt(tokens=list(range(100, 140))), Sampling(temperature=0.0, max_tokens=40), stop=[stop])
+    shared.until(lambda: shared.finished(request))
+    assert shared.text(request) == whole[: whole.index(stop)]
+    assert shared.deltas[request][-1].finish == "stop"
+
+
+def test_logprobs_come_with_their_text(shared: WorkerEnd) -> None:
+    """One for each token, the chosen one among the likeliest when greedy."""
+    request = ask(shared, chat("Count to five."), top_logprobs=3)
+    shared.until(lambda: shared.finished(request))
+    logprobs = [one for delta in shared.deltas[request] for one in delta.logprobs or []]
+    assert len(logprobs) == shared.deltas[request][-1].tokens
+    assert all(one.top[0] == (one.token, one.logprob) and len(one.top) == 3 for one in logprobs)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "words"),
+    [
+        (TextPrompt(text="word " * 3000), "ContextLengthExceeded", ["1024", "3001", "ctx_size"]),
+        (TokenPrompt(tokens=[10**6]), "TokenUnknown", ["1000000", "49152"]),
+        (TokenPrompt(tokens=[]), "PromptEmpty", ["no tokens"]),
+        (chat("x", Prompts(chat_template="{{ raise_exception('not so') }}")), "TemplateRefused", ["not so"]),
+    ],
+)
+def test_what_cannot_be_run_is_rejected_in_words(
+    shared: WorkerEnd, prompt: Prompt, error: str, words: list[str]
+) -> None:
+    """And everything else goes on."""
+    request = ask(shared, prompt)
+    shared.until(lambda: request in shared.rejected)
+    rejected = shared.rejected[request]
+    assert rejected.error == error
+    sentence = str(error_from_wire(rejected.error, rejected.fields))
+    assert all(word in sentence for word in words), sentence
+    after = ask(shared, chat("Still there?"))
+    shared.until(lambda: shared.finished(after))
+
+
+def test_a_context_that_is_full_ends_the_answer(shared: WorkerEnd) -> None:
+    """`length`, and prompt and answer together are the context."""
+    sampling = Sampling(temperature=0.0, ignore_eos=True)
+    request = ask(shared, TextPrompt(text="word " * 1000), sampling)
+    shared.until(lambda: shared.finished(request))
+    last = shared.deltas[request][-1]
+    assert last.finish == "length"
+    assert shared.accepted[request].prompt_tokens + last.tokens == 1024
+
+
+def test_a_cancelled_request_leaves_the_batch_at_the_next_step(shared: WorkerEnd) -> None:
+    """It says nothing more, and the others go on."""
+    endless = Sampling(temperature=0.0, ignore_eos=True)
+    cancelled, other = ask(shared, chat("Count."), endless), ask(shared, chat("Sing."), endless)
+    shared.until(lambda: cancelled in shared.deltas and other in shared.deltas)
+    shared.send(Cancel(id=cancelled))
+    shared.until(lambda: shared.steps[-1].running == 1)
+    said = len(shared.deltas[cancelled])
+    more = len(shared.deltas[other])
+    shared.until(lambda: len(shared.deltas[other]) > more + 5)
+    assert len(shared.deltas[cancelled]) == said
+    shared.send(Cancel(id=other))
+    last = ask(shared, chat("Done?"))
+    shared.until(lambda: shared.finished(last))
+
+
+def test_what_rules_declare_is_fed_at_load_and_later(smollm2: Path) -> None:
+    """The first request finds its rule's prompt in the cache, whether the rule was there at load or came after."""
+    early, late = Prompts(chat_prompt=SYSTEM + "Early."), Prompts(chat_prompt=SYSTEM[::-1] + "Late.")
+    with start() as end:
+        end.load(smollm2, declared=[early])
+        for prompts in (early, late):
+            if prompts is late:
+                end.send(Declare(prompts=[late]))
+            request = ask(end, chat("Hello?", prompts))
+            end.until(lambda request=request: end.finished(request))  # type: ignore[misc]
+            accepted = end.accepted[request]
+            assert accepted.cached_tokens > 0.7 * accepted.prompt_tokens
+
+
+def test_a_broken_file_is_reported_and_the_worker_ends(tmp_path: Path) -> None:
+    """`LoadFailed` has llama.cpp's reason."""
+    file = tmp_path / "broken.gguf"
+    file.write_bytes(b"GGUF" + bytes(64))
+    with start() as end:
+        end.send(LoadModel(path=str(file)))
+        while isinstance(message := end.next(), Loading):
+            pass
+        assert isinstance(message, LoadFailed)
+        assert str(file) in message.reason
+        assert end.process.wait(30) == 1
+
+
+def test_stop_lets_running_requests_end(tiny_llama: Path) -> None:
+    """Then the worker exits with 0."""
+    with start() as end:
+        end.load(tiny_llama, LoadOptions(threads=1, ctx_size=256))
+        request = ask(end, TokenPrompt(tokens=[5, 6, 7]), Sampling(temperature=0.0, max_tokens=50, ignore_eos=True))
+        end.until(lambda: request in end.deltas)
+        end.send(Stop())
+        end.until(lambda: end.finished(request))
+        assert end.deltas[request][-1].tokens == 50
+        assert end.process.wait(30) == 0
+
+
+def test_a_worker_ends_when_its_daemon_is_gone(tiny_llama: Path) -> None:
+    """Idle or busy."""
+    for busy in (False, True):
+        with start() as end:
+            end.load(tiny_llama, LoadOptions(threads=1, ctx_size=8192))
+            if busy:
+                request = ask(end, TokenPrompt(tokens=[5, 6, 7]), Sampling(temperature=0.0, ignore_eos=True))
+                end.until(lambda request=request: request in end.deltas)  # type: ignore[misc]
+            assert end.close() == 0
+
+
+def test_the_kernel_ends_a_worker_whose_parent_dies(tmp_path: Path, smollm2: Path) -> None:
+    """Also in the middle of a load, when nobody looks at the socket."""
+    script = f"""
+import os, socket, subprocess, sys
+sys.path.insert(0, {str(Path(localaid.__file__).parent)!r})
+from localaid import LoadModel, encode_frame
+ours, theirs = socket.socketpair()
+worker = subprocess.Popen([sys.executable, {localaid.__file__!r}, "worker", "--fd", str(theirs.fileno())],
+                          pass_fds=[theirs.fileno(), ours.fileno()])
+ours.sendall(encode_frame(LoadModel(path={str(smollm2)!r})))
+ours.recv(1)
+print(worker.pid, flush=True)
+sys.stdin.read()
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    worker = os.pidfd_open(int(parent.stdout.readline()))
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    assert select.select([worker], [], [], 30)[0]  # a pidfd is readable when its process has gone
+    os.close(worker)
