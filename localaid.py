@@ -3,7 +3,33 @@
 # requires-python = ">=3.11"
 # dependencies = ["aiohttp", "msgspec", "pyyaml", "llama-cpp-python", "inotify-simple", "sdnotify", "jinja2"]
 # ///
-"""localaid: two folders become an OpenAI-compatible model server."""
+"""localaid: drop model files into one folder and YAML into another; every OpenAI client then works.
+
+The whole program is this file: daemon, workers and command line.  Its sections stand bottom-up, a name is never used
+above its own; `grep '^# == ' localaid.py` prints the contents, and each banner says how its section works.
+
+     0 HEAD       imports, and what to import from here          10 WIRE        frames between daemon and worker
+     1 ERRORS     every way to fail, each with its remedy        -- here I/O starts --
+     2 CONFIG     three spellings of a config -> Rule            11 ENGINE      llama.cpp's low-level API
+     3 TABLE      rules -> table; resolve a path and a name      12 WORKER      the process of one loaded model
+     4 GGUF       header of a model file -> ModelInfo            13 INDEX       which files are there, their SHAs
+     5 API        OpenAI's requests and responses                15 SUPERVISOR  queues, loads and ends of workers
+     6 PROMPT     messages -> text                               16 HTTP        one handler for each route
+     7 OUTPUT     token bytes -> text                            17 DAEMON      reload, systemd, signals
+     8 BATCH      which tokens go into the next decode           18 CLI         serve, check, explain, hash, demo
+     9 LIFECYCLE  which model to load, keep or evict             (14 FETCH comes with default configs from the web)
+
+    models folder --INDEX--> Inventory --.                        .--> Supervisor --WIRE--> worker process
+                                         |                        |    one queue and one    intake: PROMPT -> tokens
+    configs, defaults --CONFIG--> Table -+-> resolve -> Target ---'    owner a worker       BATCH -> ENGINE -> OUTPUT
+                                         |                                  |                       |
+    client --HTTP--> API request --------'        client <--SSE, JSON-- Generation <----Step frames--'
+
+Words: a *model* is a file of weights with its SHA; a *config* one YAML document; a *rule* one normalised entry of a
+config; a *layer* where a rule comes from (user > fetched > shipped > auto); the *table* all rules by (path, name, SHA);
+a *worker* the child process of one loaded model; a *sequence* one generation in a worker's batch; a *queue* the
+requests that wait for one worker.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +45,7 @@ import difflib
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
 import heapq
 import importlib.util
@@ -84,6 +111,19 @@ import sdnotify
 import yaml
 from jinja2.exceptions import SecurityError
 
+__all__ = [
+    "Daemon",
+    "LocalaidError",
+    "ModelInfo",
+    "Rule",
+    "Settings",
+    "build_table",
+    "main",
+    "parse_config",
+    "parse_gguf",
+    "parse_settings",
+    "resolve",
+]
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -2241,7 +2281,7 @@ _OTHER_FORMATS: Final = (  # first bytes -> what the file is
     (b"<html", "it is a web page, not a model; the download went wrong"),
 )
 
-GENERATES: Final = frozenset({CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS})
+GENERATES: Final = frozenset({CHAT, COMPLETIONS})
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -4000,7 +4040,7 @@ DEFAULT_PARALLEL: Final = 8
 DEFAULT_CELLS: Final = 16384  # that all sequences share, unless one alone needs more
 SHARE_MIN_TOKENS: Final = 32  # a shorter common prefix is not worth waiting for; nor a shorter rest worth parking
 CHUNK_MIN_TOKENS: Final = 16  # of a prompt in a step that others wait for
-CHUNK_TARGET_S: Final = 0.12  # how long a step may take because of a prompt, while others generate
+CHUNK_TARGET_S: Final = 0.25  # how long a step may take because of a prompt, while others generate
 PARK_STEP_BYTES: Final = 32 * 1024 * 1024  # copied out of the KV cache in one step
 
 
@@ -5307,6 +5347,7 @@ class Engine:
 
     def __init__(self, load: LoadModel, report: Callable[[float], None]) -> None:
         """Load a model; `report` hears the progress, 0 to 1.  Raises `EngineFailed`."""
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy finds maxima here, its threads would only spin
         import llama_cpp  # noqa: PLC0415 - not before a model is loaded, and only in a worker
         import numpy as np  # noqa: PLC0415
 
@@ -5349,7 +5390,7 @@ class Engine:
         params.progress_callback = self._progress_callback
         model = llama.llama_model_load_from_file(os.fsencode(load.path), params)
         if not model:
-            raise EngineFailed(file=load.path, reason=self.log.last_error or "llama.cpp could not load the file")
+            raise EngineFailed(file=load.path, reason=self.log.first_error or "llama.cpp could not load the file")
         return cast("int", model)
 
     def _choose_capacity(self, options: LoadOptions, cache_bytes: int) -> Capacity:
@@ -5398,7 +5439,7 @@ class Engine:
             params.pooling_type = POOLING_TYPES[options.pooling]
         context = llama.llama_init_from_model(self._model, params)
         if not context:
-            raise EngineFailed(file="", reason=self.log.last_error or "llama.cpp could not make a context")
+            raise EngineFailed(file="", reason=self.log.first_error or "llama.cpp could not make a context")
         return cast("int", context)
 
     def _start_adapters(self, lora_paths: list[tuple[str, float]]) -> None:
@@ -5410,7 +5451,7 @@ class Engine:
         for path, _ in lora_paths:
             adapter = llama.llama_adapter_lora_init(self._model, os.fsencode(path))
             if not adapter:
-                raise EngineFailed(file=path, reason=self.log.last_error or "llama.cpp could not load the adapter")
+                raise EngineFailed(file=path, reason=self.log.first_error or "llama.cpp could not load the adapter")
             adapters.append(adapter)
         pointers = (llama.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
         scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in lora_paths))
@@ -5569,7 +5610,7 @@ class Engine:
         self._llama.llama_synchronize(self._context)
         self.decode_s = time.perf_counter() - start
         if code not in (0, 1):
-            raise EngineFailed(file="", reason=f"llama_decode returned {code}: {self.log.last_error}")
+            raise EngineFailed(file="", reason=f"llama_decode returned {code}: {self.log.first_error}")
         return bool(code == 0)
 
     def pos_min(self, seq_id: int) -> int:
@@ -5679,20 +5720,19 @@ class Engine:
 
 
 class LlamaLog:
-    """llama.cpp's log: the last error is kept for our own messages, warnings go to stderr."""
+    """llama.cpp's log: silent, but for the error that came first; those after it only say that something failed."""
 
     def __init__(self) -> None:
         """Start without an error."""
-        self.last_error = ""
+        self.first_error = ""
 
     def hear(self, level: int, text: bytes, _: object) -> None:
-        """Take one line; 4 is an error, 3 a warning (ggml_log_level)."""
-        if level >= GGML_LOG_ERROR and level != GGML_LOG_CONT:
-            self.last_error = text.decode("utf-8", "replace").strip()
+        """Take one line at its ggml_log_level."""
+        if level == GGML_LOG_ERROR and not self.first_error:
+            self.first_error = text.decode("utf-8", "replace").strip()
 
 
 GGML_LOG_ERROR: Final = 4
-GGML_LOG_CONT: Final = 5
 
 
 def _keep_log(llama: ModuleType) -> LlamaLog:
@@ -5785,9 +5825,13 @@ class Worker:
         return 0
 
     def _serve(self) -> None:
-        """Step while there is work, sleep on the inbox while there is none."""
+        """Step while there is work, sleep on the inbox while there is none; garbage is looked for only then."""
+        gc.freeze()
+        gc.disable()  # a collection in the middle of a step holds up every sequence
         while True:
             while not (self._inbox.empty() and self._batch.busy):
+                if not self._batch.busy and self._inbox.empty():
+                    gc.collect()
                 if self._stopping and not self._sessions:
                     return
                 message = self._inbox.get()
@@ -6211,12 +6255,13 @@ class FolderWatch:
             changes.files.pop(path, None)
         if status and stat.S_ISDIR(status.st_mode):
             self._walk(path, changes.files)
-        elif status and mask & _IN.CLOSE_WRITE:
-            changes.files[path] = "written"
-        elif status and mask & _IN.ATTRIB:
-            changes.files.setdefault(path, "attributes")
-        elif status and (mask & _IN.MOVED_TO or linked or status.st_nlink > 1):
-            changes.files.setdefault(path, "appeared")  # else just created: it counts when its writer closes it
+        elif status and path not in self.roots:
+            if mask & _IN.CLOSE_WRITE:
+                changes.files[path] = "written"
+            elif mask & _IN.ATTRIB:
+                changes.files.setdefault(path, "attributes")
+            elif mask & _IN.MOVED_TO or linked or status.st_nlink > 1:  # else just made: it counts when it is closed
+                changes.files.setdefault(path, "appeared")
 
     def _walk(self, top: str, files: dict[str, FileChange]) -> None:
         """Watch `top` and all folders below it; add the files to `files`."""
@@ -6226,8 +6271,8 @@ class FolderWatch:
             try:
                 entries = list(os.scandir(folder)) if self._watch_folder(folder) else []
             except OSError as error:
-                level = logging.DEBUG if isinstance(error, FileNotFoundError | NotADirectoryError) else logging.WARNING
-                INDEX_LOG.log(level, "%s cannot be listed: %s", folder, error.strerror)
+                if not isinstance(error, FileNotFoundError):
+                    INDEX_LOG.warning("%s cannot be listed: %s", folder, error.strerror)
                 continue
             for entry in entries:
                 path = f"{folder}/{entry.name}"
@@ -6430,7 +6475,9 @@ class DigestCache:
         absent = [identity for identity in self._entries if identity not in present]
         for identity in absent[: -self._ABSENT_LIMIT]:
             del self._entries[identity]
-        return functools.partial(self._save, _CacheContent(__version__, list(self._entries.values())))
+        return functools.partial(
+            self._save, _CacheContent(__version__, [entry for entry in self._entries.values() if entry[1] != Known()])
+        )
 
     def _save(self, content: _CacheContent) -> None:
         if self._file is None:
@@ -6791,9 +6838,7 @@ class ModelIndex:
             stamp = found[path]
             if stamp is None:
                 self._files.pop(path, None)
-            elif (
-                change != "attributes" or path in self._files
-            ):  # else it was made just now: it counts when it is closed
+            elif change != "attributes" or path in self._files:  # else just made: it counts when it is closed
                 self._take_file(path, stamp, written=change == "written", exact=changes.full)
         latest = {stamp.identity: stamp for stamp in found.values() if stamp}
         for path, stamp in self._files.items():  # a file of two paths is told of under one only
@@ -6807,12 +6852,14 @@ class ModelIndex:
         """Note a file that is there, and have read what is not known of it."""
         identity = stamp.identity
         job = self._jobs.get(identity)
-        self._unreadable.pop(path, None)
         known = self._cache.find(stamp, exact=exact or written)
         hidden = written and (job.racy if job else self._files.get(path) == stamp and identity in self._racy)
         self._files[path] = stamp
         self._cache.put(stamp, Known() if hidden else known)  # under its new ctime, if that is all that is new
-        if job and (hidden or job.stamp.content != stamp.content or not self._is_incomplete(known)):
+        complete = not hidden and not self._is_incomplete(known)
+        if complete:
+            self._unreadable.pop(path, None)
+        if job and (hidden or complete or job.stamp.content != stamp.content):
             self._jobs.pop(identity).cancelled = True
         elif job:
             job.path = path
@@ -6852,9 +6899,11 @@ class ModelIndex:
             if job.path != job.opened_path and job.path in stamps:
                 self._read_on(job.path, stamps[job.path])
         else:
-            for stamp in set(stamps.values()):
+            for path, stamp in stamps.items():
+                self._unreadable.pop(path, None)
                 if stamp.content == job.stamp.content:
                     self._cache.put(stamp, job.known)
+                    self._read_on(path, stamp)  # if sha1 is wanted since
             (self._racy.add if job.racy else self._racy.discard)(identity)
             self._save_soon()
         self._publish_soon(0.0 if job.finished else _PUBLISH_S)  # a short file's SHA may come at once
@@ -6970,9 +7019,7 @@ class _Listing:
                 self._add(file, info, _problem_of_part(file) or (serving_problem(info) if info else None))
             elif file.stamp.identity not in grouped:  # else a link with the right name leads to it
                 wanted = SplitName("name", 1, info.parts).part(info.part + 1)
-                self._add(
-                    file, info, f"it is a part of a split model, which llama.cpp finds under a name like {wanted}"
-                )
+                self._add(file, info, f"it is a part of a split model, which llama.cpp finds by a name like {wanted}")
 
     def _add_split(self, name: SplitName, parts: Mapping[int, _Part]) -> None:
         """Add a split model: its first part speaks for it once all are there, whole, and of one model."""
@@ -6985,11 +7032,7 @@ class _Listing:
             missing = next(number for number in range(1, name.parts + 1) if number not in parts)
             problem = f"part {missing} of {name.parts} is missing ({name.part(missing)})"
         elif len(infos) == name.parts and problem is None:
-            if any(
-                info and (info.part, info.parts) != (n - 1, name.parts)
-                for n, part in parts.items()
-                if (info := part.known.info)
-            ):
+            if any((info.part, info.parts) != (part - 1, name.parts) for part, info in zip(parts, infos, strict=True)):
                 problem = "its parts are of different models, or in the wrong order"
         elif problem is None:
             first = first and first._replace(known=Known())
@@ -6999,12 +7042,8 @@ class _Listing:
             if problem is None and info.tensors_total not in (None, total):
                 problem = f"its parts have {total} tensors of {info.tensors_total}; they are of different models"
             info = msgspec.structs.replace(info, weights_bytes=sum(info.weights_bytes for info in infos))
-        self._add(
-            first or parts[min(parts)],
-            info,
-            problem or (serving_problem(info) if info else None),
-            tuple(parts.values()),
-        )
+        problem = problem or (serving_problem(info) if info else None)
+        self._add(first or parts[min(parts)], info, problem, tuple(parts.values()))
 
     def _add(self, file: _Part, info: ModelInfo | None, problem: str | None, parts: tuple[_Part, ...] = ()) -> None:
         """Add the entry of one model or other file."""
@@ -7036,13 +7075,7 @@ def _find_aliases(relative: str, aliases: Mapping[str, tuple[str, str | None]]) 
     """Return the second names of a file; aliases.json names it by its path or name, with or without .gguf."""
     name = relative.rsplit("/", 1)[-1]
     split = parse_split_name(name)
-    keys = {
-        relative,
-        relative.removesuffix(".gguf"),
-        name,
-        name.removesuffix(".gguf"),
-        *((split.prefix,) if split else ()),
-    }
+    keys = {relative, relative.removesuffix(".gguf"), name, split.prefix if split else name.removesuffix(".gguf")}
     return tuple(dict.fromkeys(aliases[key] for key in sorted(keys & aliases.keys()))) if aliases else ()
 # == 15. SUPERVISOR: one owner for each worker: queue, load, drain, restart ============================================
 #

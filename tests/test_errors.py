@@ -1,0 +1,185 @@
+"""ERRORS: every error is one sentence with its remedy, and has what HTTP and OpenAI's envelope need."""
+
+from __future__ import annotations
+
+import dataclasses
+from http import HTTPStatus
+
+import pytest
+
+from localaid import (
+    AdapterMissing,
+    BadRequest,
+    BodyTooLarge,
+    BrokenFrame,
+    CannotListen,
+    ContextLengthExceeded,
+    DaemonUnreachable,
+    DemoModelMissing,
+    EngineFailed,
+    InternalFault,
+    LocalaidError,
+    MethodNotAllowed,
+    ModelFailed,
+    ModelTooLarge,
+    PromptEmpty,
+    QueueFull,
+    RouteNotFound,
+    ShuttingDown,
+    StillHashing,
+    TokenUnknown,
+    WorkerDied,
+    error_from_wire,
+    error_to_wire,
+)
+
+
+def all_errors() -> list[type[LocalaidError]]:
+    """Return every class of the tree."""
+    found, left = [], [LocalaidError]
+    while left:
+        one = left.pop()
+        found.append(one)
+        left += one.__subclasses__()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "sentence"),
+    [
+        (
+            ContextLengthExceeded(prompt_tokens=9000, ctx_size=8192),
+            400,
+            "context_length_exceeded",
+            "This model's context is 8192 tokens, but the prompt has 9000; shorten it, or raise ctx_size in the rule.",
+        ),
+        (PromptEmpty(), 400, "prompt_empty", "The prompt has no tokens; send at least one character."),
+        (
+            TokenUnknown(token=70000, vocab_tokens=49152),
+            400,
+            "token_unknown",
+            "Token 70000 is not one of this model's 49152 tokens; send ids from 0 up.",
+        ),
+        (BadRequest(param="n", problem="must be at least 1"), 400, "invalid_value", "`n` must be at least 1."),
+        (
+            BadRequest(param=None, problem="is empty"),
+            400,
+            "invalid_value",
+            "The request body is empty; send one JSON object in UTF-8.",
+        ),
+        (
+            QueueFull(file="a.gguf", waiting=64, retry_after_s=2.5),
+            429,
+            "rate_limit_exceeded",
+            "64 requests already wait for a.gguf; ask again in 3 s, or raise `queue_size` in the settings.",
+        ),
+        (
+            RouteNotFound("GET", "/v2"),
+            404,
+            "unknown_url",
+            "GET /v2 is not served here; the README lists every path, most begin with /v1/.",
+        ),
+        (
+            MethodNotAllowed("GET", "/v1/chat/completions"),
+            405,
+            "method_not_allowed",
+            "GET /v1/chat/completions is not served here; the README lists every path, most begin with /v1/.",
+        ),
+        (
+            BodyTooLarge(limit_bytes=10),
+            413,
+            "request_too_large",
+            "The request body is larger than 10 bytes; send a smaller one.",
+        ),
+        (
+            StillHashing(name="x", files=["a.gguf"]),
+            503,
+            "model_hashing",
+            "The model 'x' may be a.gguf, still being hashed; ask again in a while.",
+        ),
+        (
+            AdapterMissing(rule="r", sha="sha256:ab"),
+            503,
+            "adapter_missing",
+            "Rule 'r' needs the LoRA adapter sha256:ab, which is not there; put it into a models folder.",
+        ),
+        (ShuttingDown(), 503, "shutting_down", "localaid is shutting down; ask again when it has been restarted."),
+        (
+            WorkerDied(file="a.gguf", reason="was ended by SIGSEGV"),
+            500,
+            "worker_died",
+            "The worker of a.gguf was ended by SIGSEGV; ask again, the next request starts a new one.",
+        ),
+        (
+            EngineFailed(file="a.gguf", reason="no tensors"),
+            500,
+            None,
+            "a.gguf: llama.cpp: no tensors; check the file (localaid hash) and the rule's load options.",
+        ),
+        (
+            BrokenFrame(problem="nonsense"),
+            500,
+            None,
+            "Daemon and worker do not understand each other (nonsense); restart localaid after an upgrade.",
+        ),
+        (
+            InternalFault(request_id="req-1"),
+            500,
+            None,
+            "localaid failed at this request; look for req-1 in its log and report it.",
+        ),
+        (
+            CannotListen(where="127.0.0.1:80", problem="Permission denied"),
+            500,
+            None,
+            "cannot listen on 127.0.0.1:80: Permission denied; choose another address with --listen or in the settings.",
+        ),
+        (
+            DaemonUnreachable(listen="127.0.0.1:8080", problem="refused"),
+            500,
+            None,
+            "the daemon on 127.0.0.1:8080 does not answer (refused); start it, or name its address with --listen.",
+        ),
+        (
+            DemoModelMissing(),
+            500,
+            None,
+            "the demo's model is not installed; install it with: pip install 'localaid[demo]'",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, LocalaidError) else "",
+)
+def test_the_text_of_an_error(error: LocalaidError, status: int, code: str | None, sentence: str) -> None:
+    """One sentence, one status, one code each."""
+    assert (str(error), error.status, error.code) == (sentence, status, code)
+
+
+def test_every_error_has_a_status_and_a_type() -> None:
+    """All derive from one base and say what they are."""
+    assert len(all_errors()) > 25
+    for error in all_errors():
+        assert HTTPStatus(error.status) >= HTTPStatus.BAD_REQUEST
+        assert error.type
+        assert error.__doc__
+
+
+def test_the_numbers_of_a_model_that_can_never_fit_are_told() -> None:
+    """Both of them, so that an administrator can decide."""
+    names = {field.name for field in dataclasses.fields(ModelTooLarge)}
+    assert names >= {"file", "needed_bytes", "budget_bytes"}
+    assert ModelTooLarge.status == HTTPStatus.SERVICE_UNAVAILABLE
+    assert ModelFailed.status == HTTPStatus.SERVICE_UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PromptEmpty(), ContextLengthExceeded(prompt_tokens=3, ctx_size=2), TokenUnknown(token=1, vocab_tokens=1)],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_crosses_the_wire_as_itself(error: LocalaidError) -> None:
+    """Class and fields survive; what the other side does not know is still told."""
+    name, fields = error_to_wire(error)
+    again = error_from_wire(name, fields)
+    assert type(again) is type(error)
+    assert str(again) == str(error)
+    assert "NoSuchError" in str(error_from_wire("NoSuchError", {}))
