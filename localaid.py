@@ -273,8 +273,8 @@ class ModelTooLarge(LocalaidError):
     def __str__(self) -> str:
         """Return the sentence for the user."""
         return (
-            f"{self.file} needs about {self.needed_bytes / 2**30:.2f} GiB of memory and the budget is "
-            f"{self.budget_bytes / 2**30:.2f} GiB; lower ctx_size or parallel, take a smaller quantisation, or raise "
+            f"{self.file} needs about {self.needed_bytes >> 20} MiB of memory and the budget is "
+            f"{self.budget_bytes >> 20} MiB; lower ctx_size or parallel, take a smaller quantisation, or raise "
             f"`memory` in the settings."
         )
 
@@ -624,7 +624,9 @@ class CannotListen(LocalaidError):
 
     def __str__(self) -> str:
         """Return the sentence for the user."""
-        return f"cannot listen on {self.where}: {self.problem}; choose another address with --listen or in the settings."
+        return (
+            f"cannot listen on {self.where}: {self.problem}; choose another address with --listen or in the settings."
+        )
 
 
 @dataclass(eq=False)
@@ -636,7 +638,7 @@ class DaemonUnreachable(LocalaidError):
 
     def __str__(self) -> str:
         """Return the sentence for the user."""
-        return f"the daemon on {self.listen} does not answer ({self.problem}); start it, or name its address with --listen."
+        return f"the daemon on {self.listen} does not answer ({self.problem}); start it, or name it with --listen."
 
 
 @dataclass(eq=False)
@@ -2673,6 +2675,8 @@ def _read_sampling(values: Mapping[str, Value]) -> Sampling:
         repeat_last_n=integer("penalty_last_n", -1),
         repeat_penalty=number("penalty_repeat", 0, 100),
     )
+
+
 # == 5. API: OpenAI's requests and responses as structs, error envelope, SSE bytes (pure) ==============================
 #
 # `parse_chat_request` and `parse_completion_request` turn a body into a struct, or raise `BadRequest` with the field at
@@ -4040,7 +4044,7 @@ DEFAULT_PARALLEL: Final = 8
 DEFAULT_CELLS: Final = 16384  # that all sequences share, unless one alone needs more
 SHARE_MIN_TOKENS: Final = 32  # a shorter common prefix is not worth waiting for; nor a shorter rest worth parking
 CHUNK_MIN_TOKENS: Final = 16  # of a prompt in a step that others wait for
-CHUNK_TARGET_S: Final = 0.25  # how long a step may take because of a prompt, while others generate
+CHUNK_TARGET_S: Final = 0.3  # how long a step may take because of a prompt, while others generate
 PARK_STEP_BYTES: Final = 32 * 1024 * 1024  # copied out of the KV cache in one step
 
 
@@ -4132,6 +4136,7 @@ class BatchSequence:
     tokens: list[int]  # prompt, then what was sampled
     n_prompt: int
     declared: bool = False  # a rule's prompt: fed for later, no answer
+    apart: bool = False  # its last prompt token is fed alone, as it is on a warm prefix: so a seed repeats its text
     phase: Literal["waiting", "following", "running", "resting", "gone"] = "waiting"
     seq_id: int = -1  # llama.cpp's, while it has cells
     n_fed: int = 0  # tokens in the memory
@@ -4410,12 +4415,14 @@ class Batch:
     def _chunk(self, sequence: BatchSequence) -> int:
         """Return how many tokens of a prompt may be fed at once: up to its end, or where followers take over."""
         ends = [stop for stop in sequence.stops if stop > sequence.n_fed]
+        if sequence.apart:
+            ends.append(len(sequence.tokens) - 1)
         return min([len(sequence.tokens), *ends]) - sequence.n_fed
 
     # -- who joins --
 
     def _save_forks(self, ops: list[MemoryOp]) -> None:
-        """Park memory that cannot be cut where prompts are known to branch off: only there it can serve the next one."""
+        """Park memory that cannot be cut where prompts are known to branch off: only there it serves the next one."""
         for sequence in self.running:
             if sequence.n_fed in sequence.stops:
                 sequence.stops.remove(sequence.n_fed)
@@ -5263,7 +5270,7 @@ class FrameReader(Generic[MessageT]):
         self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> list[MessageT]:
-        """Return the messages that `chunk` completes, in order.  Raises `BrokenFrame` when the stream makes no sense."""
+        """Return the messages that `chunk` completes, in order.  Raises `BrokenFrame`."""
         rest = self._rest
         rest += chunk
         messages = []
@@ -5326,7 +5333,14 @@ def error_from_wire(name: str, fields: WireFields) -> LocalaidError:
 # llama_cpp and numpy are imported when a model is loaded: the daemon never pays for them.
 
 KV_TYPES: Final[Mapping[str, int]] = {
-    "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30,
+    "f32": 0,
+    "f16": 1,
+    "q4_0": 2,
+    "q4_1": 3,
+    "q5_0": 6,
+    "q5_1": 7,
+    "q8_0": 8,
+    "bf16": 30,
 }  # fmt: skip - name -> ggml_type, one line
 POOLING_TYPES: Final[Mapping[str, int]] = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
 DEFAULT_BATCH_TOKENS: Final = 512  # in one decode: longer ones gain nothing on a CPU and hold up the others
@@ -5931,7 +5945,9 @@ class Worker:
             session = Session(
                 id=submit.id,
                 index=index,
-                sequence=BatchSequence(list(prepared.tokens), len(prepared.tokens)),
+                sequence=BatchSequence(
+                    list(prepared.tokens), len(prepared.tokens), apart=submit.sampling.seed is not None
+                ),
                 stream=TextStream(prepared.stop, strip_start=prepared.strip_start),
                 sampler=self._engine.start_sampler(sampling, prepared.tokens),
                 max_tokens=room if wanted is None else min(room, wanted),
@@ -7077,6 +7093,8 @@ def _find_aliases(relative: str, aliases: Mapping[str, tuple[str, str | None]]) 
     split = parse_split_name(name)
     keys = {relative, relative.removesuffix(".gguf"), name, split.prefix if split else name.removesuffix(".gguf")}
     return tuple(dict.fromkeys(aliases[key] for key in sorted(keys & aliases.keys()))) if aliases else ()
+
+
 # == 15. SUPERVISOR: one owner for each worker: queue, load, drain, restart ============================================
 #
 # `Supervisor.submit` puts a request into the queue of its worker and returns a `Generation`, which the caller reads.
@@ -7095,7 +7113,9 @@ STALL_BYTES_PER_S: Final = 50e6  # ... as long as the slowest disk needs for the
 RATE_WINDOW: Final = 32  # requests that the service rate is measured on
 RETRY_AFTER_LIMIT_S: Final = 600.0
 # As a module (-m) the program is read from its cached bytecode; as a script it is compiled at every start, in 0.15 s.
-_PROGRAM_PATH: Final = os.pathsep.join(filter(None, (str(Path(__file__).parent.absolute()), os.environ.get("PYTHONPATH"))))
+_PROGRAM_PATH: Final = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent.absolute()), os.environ.get("PYTHONPATH")))
+)
 _SUPERVISOR_LOG: Final = logging.getLogger("localaid.supervisor")
 
 ItemT = TypeVar("ItemT")
@@ -7983,9 +8003,7 @@ def error_response(error: LocalaidError) -> web.Response:
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
-    return web.Response(
-        status=error.status, body=render_error(error), content_type="application/json", headers=headers
-    )
+    return web.Response(status=error.status, body=render_error(error), content_type="application/json", headers=headers)
 
 
 def json_response(answer: msgspec.Struct, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -8705,7 +8723,9 @@ class Daemon:
             if prompts:
                 known.update(prompts)
                 load = LoadModel(path=entry.path, options=worker.options)
-                self.supervisor.declare(Target(sha256=worker.sha256, file=entry.relative, load=load, info=ModelInfo()), prompts)
+                self.supervisor.declare(
+                    Target(sha256=worker.sha256, file=entry.relative, load=load, info=ModelInfo()), prompts
+                )
 
     def reload_settings(self) -> None:
         """Take the settings file anew (SIGHUP); what is broken changes nothing."""
@@ -8713,7 +8733,7 @@ class Daemon:
         try:
             settings = load_settings(self.folders.settings, must_exist=False)
         except ConfigErrors as error:
-            _DAEMON_LOG.error("%s; the settings in force stay", error)  
+            _DAEMON_LOG.error("%s; the settings in force stay", error)
         else:
             for name, apply in SETTINGS_STEPS.items():
                 before, after = getattr(self.settings, name), getattr(settings, name)

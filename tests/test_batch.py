@@ -17,6 +17,7 @@ from localaid import (
     CopyCells,
     DropCells,
     ForgetSegment,
+    Holder,
     MemoryKind,
     MemoryOp,
     ParkCells,
@@ -142,6 +143,8 @@ def capacity(kind: MemoryKind = "attention", **changes: int) -> Capacity:
     return Capacity(kind=kind, **(sizes | changes))
 
 
+Event = tuple[str, list[int] | int, int]  # what, of which prompt or how often, how many tokens
+
 PROMPTS = st.builds(
     lambda shared, own, salt: [7] * shared + [salt + 10 + i % 3 for i in range(own)],
     st.integers(0, 120),
@@ -163,7 +166,9 @@ EVENTS = st.lists(
 @pytest.mark.parametrize("kind", ["attention", "window", "recurrent"])
 @settings(max_examples=300, deadline=None)
 @given(events=EVENTS, cells=st.sampled_from([620, 900, 1200]), parked=st.sampled_from([0, 300, 4000]))
-def test_every_answer_is_the_one_it_would_be_alone(kind: MemoryKind, events, cells, parked) -> None:
+def test_every_answer_is_the_one_it_would_be_alone(  # noqa: C901 - one branch for each kind of event
+    kind: MemoryKind, events: list[Event], cells: int, parked: int
+) -> None:
     """Whatever comes, goes, is cancelled, preempted, parked and restored: nobody's tokens change, nobody is lost."""
     memory = SimulatedMemory(capacity(kind, cells=cells, parked_bytes=parked))
     batch = Batch(memory.capacity)
@@ -172,19 +177,19 @@ def test_every_answer_is_the_one_it_would_be_alone(kind: MemoryKind, events, cel
     cancelled = set()
     for what, value, count in events:
         match what:
-            case "add" | "declare":
+            case "add" | "declare" if isinstance(value, list):
                 sequence = BatchSequence(list(value), len(value), declared=what == "declare")
                 if what == "add":
                     wanted[sequence], prompts[sequence] = count, value
                 batch.add(sequence)
-            case "cancel" if wanted:
+            case "cancel" if wanted and isinstance(value, int):
                 sequence = list(wanted)[value % len(wanted)]
                 cancelled.add(sequence)
                 batch.finish(sequence)
             case "preempt":
                 for op in batch.preempt_youngest() or []:
                     memory.run(op)
-            case "step":
+            case "step" if isinstance(value, int):
                 for _ in range(value):
                     run_step(batch, memory, wanted)
     finish_all(batch, memory, wanted)
@@ -273,7 +278,7 @@ def test_memory_that_cannot_be_cut_is_kept_where_prompts_branch_off(kind: Memory
 
 def test_a_long_prompt_does_not_stall_the_others() -> None:
     """While others generate, a step feeds no more of a prompt than the measured speed allows in the target time."""
-    memory = SimulatedMemory(capacity(cells=4000, ctx_size=4000))
+    memory = SimulatedMemory(capacity(cells=4000, ctx_size=4000, batch_tokens=512))
     batch = Batch(memory.capacity)
     running = BatchSequence([1, 2, 3], 3)
     batch.add(running)
@@ -286,6 +291,21 @@ def test_a_long_prompt_does_not_stall_the_others() -> None:
     plan = batch.plan()
     assert running in plan.rows
     assert plan.prompt_tokens == int(localaid.CHUNK_TARGET_S / 0.002)
+
+
+def test_the_last_token_of_a_seeded_prompt_is_fed_alone() -> None:
+    """Cold and warm then end in the same step, so that a seed repeats its text."""
+    memory = SimulatedMemory(capacity())
+    batch = Batch(memory.capacity)
+    for _ in range(2):
+        sequence = BatchSequence(list(range(60)), 60, apart=True)
+        batch.add(sequence)
+        wanted = {sequence: 1}
+        plan = run_step(batch, memory, wanted)
+        if plan.rows == []:
+            plan = run_step(batch, memory, wanted)
+        assert (plan.rows, len(plan.tokens)) == ([sequence], 1)
+        finish_all(batch, memory, wanted)
 
 
 def test_a_short_prompt_overtakes_a_long_one() -> None:
@@ -337,21 +357,22 @@ TOKENS = st.lists(st.integers(0, 2), max_size=12)
 def test_the_tree_finds_the_longest_prefix(known: list[list[int]], asked: list[int]) -> None:
     """What `find` says equals a comparison with every holder, and removing all leaves nothing behind."""
     tree = PrefixTree()
-    holders = []
+    holders: list[Holder] = []
     for tokens in known:
         if tokens:
             holder = BatchSequence(tokens, len(tokens))
             tree.add(holder, tokens, 0, len(tokens))
             holders.append(holder)
-    found = {}
+    found: dict[Holder, int] = {}
     for node, length in tree.find(asked, len(asked)):
-        for holder in node.holders:
-            found[holder] = length
+        found |= dict.fromkeys(node.holders, length)
 
     def common(tokens: list[int]) -> int:
-        return next((i for i, (a, b) in enumerate(zip(tokens, asked, strict=False)) if a != b), min(len(tokens), len(asked)))
+        return next(
+            (i for i, (a, b) in enumerate(zip(tokens, asked, strict=False)) if a != b), min(len(tokens), len(asked))
+        )
 
     assert found == {h: common(h.tokens) for h in holders if common(h.tokens)}
-    for holder in holders:
-        tree.remove(holder)
+    for known_holder in holders:
+        tree.remove(known_holder)
     assert not tree.root.children

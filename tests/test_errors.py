@@ -129,16 +129,16 @@ def all_errors() -> list[type[LocalaidError]]:
             "localaid failed at this request; look for req-1 in its log and report it.",
         ),
         (
-            CannotListen(where="127.0.0.1:80", problem="Permission denied"),
+            CannotListen(where="[::1]:80", problem="Permission denied"),
             500,
             None,
-            "cannot listen on 127.0.0.1:80: Permission denied; choose another address with --listen or in the settings.",
+            "cannot listen on [::1]:80: Permission denied; choose another address with --listen or in the settings.",
         ),
         (
             DaemonUnreachable(listen="127.0.0.1:8080", problem="refused"),
             500,
             None,
-            "the daemon on 127.0.0.1:8080 does not answer (refused); start it, or name its address with --listen.",
+            "the daemon on 127.0.0.1:8080 does not answer (refused); start it, or name it with --listen.",
         ),
         (
             DemoModelMissing(),

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from localaid import (
-    FROM_WORKER,
     FRAME_LIMIT_BYTES,
+    FROM_WORKER,
     TO_WORKER,
     Accepted,
     BrokenFrame,
@@ -17,6 +17,7 @@ from localaid import (
     ChatPrompt,
     Delta,
     FrameReader,
+    FromWorker,
     LoadModel,
     Rejected,
     Sampling,
@@ -25,26 +26,27 @@ from localaid import (
     Submit,
     TokenLogprob,
     TokenPrompt,
+    ToWorker,
     encode_frame,
 )
 
-TO = [
+TO: list[ToWorker] = [
     LoadModel(path="/models/a.gguf", lora_paths=[("/models/l.gguf", 0.5)]),
     Submit(id=1, prompt=ChatPrompt(messages=[ChatMessage(role="user", content="Grüße")]), stop=["\n"], n=3),
     Submit(id=2, prompt=TokenPrompt(tokens=[1, 2, 3]), sampling=Sampling(temperature=0.5, logit_bias={5: -1.0})),
     Cancel(id=1),
     Stop(),
 ]
-FROM = [
+FROM: list[FromWorker] = [
     Step([Delta(1, 0, "text", 3, "stop", [TokenLogprob(b"\xff", -0.5, [(b"a", -1.0)])])], [Accepted(1, 10, 4)], 2, 1),
     Rejected(id=7, error="PromptEmpty", fields={}),
 ]
 
 
 @given(st.lists(st.sampled_from(TO)), st.lists(st.integers(1, 40)))
-def test_messages_survive_any_cut(messages: list[object], cuts: list[int]) -> None:
+def test_messages_survive_any_cut(messages: list[ToWorker], cuts: list[int]) -> None:
     """However the bytes arrive, the same messages come out, in order."""
-    stream = b"".join(encode_frame(message) for message in messages)  # type: ignore[arg-type]
+    stream = b"".join(encode_frame(message) for message in messages)
     reader, found, at = FrameReader(TO_WORKER), [], 0
     for cut in [*cuts, len(stream)]:
         found += reader.feed(stream[at : at + cut])
@@ -55,7 +57,7 @@ def test_messages_survive_any_cut(messages: list[object], cuts: list[int]) -> No
 def test_both_directions_have_their_own_messages() -> None:
     """What a worker sends is read back; what only the daemon sends is refused there."""
     reader = FrameReader(FROM_WORKER)
-    assert reader.feed(b"".join(map(encode_frame, FROM))) == FROM
+    assert reader.feed(b"".join(encode_frame(message) for message in FROM)) == FROM
     with pytest.raises(BrokenFrame):
         reader.feed(encode_frame(Stop()))
 

@@ -53,6 +53,7 @@ class WorkerEnd:
     """The daemon's end of a worker: sends messages, collects what comes."""
 
     def __init__(self) -> None:
+        """Start a worker."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, localaid.__file__, "worker", "--fd", str(theirs.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
@@ -207,7 +208,9 @@ def test_stop_words_end_an_answer_and_are_not_in_it(shared: WorkerEnd) -> None:
     shared.until(lambda: shared.finished(request))
     whole = shared.text(request)
     stop = whole[len(whole) // 2 :][:6]
-    request = ask(shared, TokenPrompt(tokens=list(range(100, 140))), Sampling(temperature=0.0, max_tokens=40), stop=[stop])
+    request = ask(
+        shared, TokenPrompt(tokens=list(range(100, 140))), Sampling(temperature=0.0, max_tokens=40), stop=[stop]
+    )
     shared.until(lambda: shared.finished(request))
     assert shared.text(request) == whole[: whole.index(stop)]
     assert shared.deltas[request][-1].finish == "stop"
@@ -321,7 +324,7 @@ def test_a_worker_ends_when_its_daemon_is_gone(tiny_llama: Path) -> None:
             assert end.close() == 0
 
 
-def test_the_kernel_ends_a_worker_whose_parent_dies(tmp_path: Path, smollm2: Path) -> None:
+def test_the_kernel_ends_a_worker_whose_parent_dies(smollm2: Path) -> None:
     """Also in the middle of a load, when nobody looks at the socket."""
     script = f"""
 import os, socket, subprocess, sys

@@ -1,0 +1,296 @@
+"""DAEMON: folders, live configs, reload, systemd's notifications, an ordered stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import pytest
+
+import localaid
+from conftest import Daemon, StartDaemon
+from localaid import ConfigErrors, Settings, choose_folders, load_memory_bytes, load_settings
+from models import place_model, write_tiny_llama
+from processes import is_running
+
+SMALL = "{ctx_size: 512, parallel: 2, threads: 1}"
+SETTINGS = {"load": {"ctx_size": 512, "parallel": 2, "threads": 1}}
+
+
+class Notified:
+    """A NOTIFY_SOCKET: what the daemon tells systemd."""
+
+    def __init__(self, path: Path) -> None:
+        """Listen at `path`."""
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        self.socket.settimeout(60)
+        self.heard: list[str] = []
+
+    def until(self, text: str) -> str:
+        """Wait for a line that has the text; return it."""
+        while True:
+            for line in self.heard:
+                if text in line:
+                    self.heard = self.heard[self.heard.index(line) + 1 :]
+                    return line
+            self.heard += self.socket.recv(65536).decode().splitlines()
+
+
+@pytest.fixture
+def notified(tmp_path: Path) -> Iterator[Notified]:
+    """Be systemd's ear."""
+    one = Notified(tmp_path / "notify")
+    yield one
+    one.socket.close()
+
+
+def get(served: Daemon, path: str) -> object:
+    """Return the JSON of a GET."""
+
+    async def ask() -> object:
+        connector, base = None, served.base_url
+        if base.startswith("unix:"):
+            connector, base = aiohttp.UnixConnector(base.removeprefix("unix:")), "http://localhost"
+        async with aiohttp.ClientSession(connector=connector) as http, http.get(base + path) as answer:
+            return json.loads(await answer.read())
+
+    return asyncio.run(ask())
+
+
+def names(served: Daemon) -> set[str]:
+    """Return the names on /v1/models."""
+    answer = msgspec.convert(get(served, "/v1/models"), localaid.ModelList)
+    return {card.id for card in answer.data}
+
+
+def until_names(served: Daemon, name: str, *, there: bool = True) -> None:
+    """Ask until a name is listed, or is not any more: nothing tells a client."""
+    deadline = time.monotonic() + 60
+    while (name in names(served)) != there:
+        assert time.monotonic() < deadline, (name, names(served), served.log)
+
+
+def post(served: Daemon, name: str, prompt: str = "x", max_tokens: int = 2) -> tuple[int, dict[str, object]]:
+    """Ask for a completion; return status and answer."""
+
+    async def ask() -> tuple[int, dict[str, object]]:
+        body = {"model": name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        async with aiohttp.ClientSession(served.base_url) as http, http.post("/v1/completions", json=body) as answer:
+            return answer.status, json.loads(await answer.read())
+
+    return asyncio.run(ask())
+
+
+# -- folders and settings --
+
+
+def arguments(**given: object) -> argparse.Namespace:
+    """Return a parsed command line."""
+    empty: dict[str, object] = {"models": [], "configs": None, "state": None, "settings": None, "listen": None}
+    return argparse.Namespace(**{**empty, **given})
+
+
+def test_folders_come_from_the_command_line_the_settings_systemd_or_xdg() -> None:
+    """The first that says."""
+    systemd = {"STATE_DIRECTORY": "/var/lib/localaid", "CONFIGURATION_DIRECTORY": "/etc/localaid:/etc/b"}
+    systemd |= {"CACHE_DIRECTORY": "/var/cache/localaid", "HOME": "/home/u"}
+    of_systemd = choose_folders(arguments(), Settings(), systemd)
+    assert of_systemd.models == (Path("/var/lib/localaid/models"),)
+    assert of_systemd.configs == Path("/etc/localaid/configs")
+    assert of_systemd.state == Path("/var/cache/localaid")
+    assert of_systemd.settings == Path("/etc/localaid/localaid.yaml")
+    of_user = choose_folders(arguments(), Settings(), {"HOME": "/home/u", "XDG_DATA_HOME": "/data"})
+    assert of_user.models == (Path("/data/localaid/models"),)
+    assert of_user.configs == Path("/home/u/.config/localaid/configs")
+    assert of_user.state == Path("/home/u/.local/state/localaid")
+    of_settings = choose_folders(arguments(), Settings(models=("/a", "/b"), configs="/c"), systemd)
+    assert (of_settings.models, of_settings.configs) == ((Path("/a"), Path("/b")), Path("/c"))
+    given = choose_folders(arguments(models=["/m"], configs="/k", state="/s"), Settings(models=("/a",)), systemd)
+    assert (given.models, given.configs, given.state) == ((Path("/m"),), Path("/k"), Path("/s"))
+
+
+def test_settings_that_are_named_must_be_there_and_be_right(tmp_path: Path) -> None:
+    """Without a name the defaults hold."""
+    file = tmp_path / "localaid.yaml"
+    assert load_settings(file, must_exist=False) == Settings()
+    with pytest.raises(ConfigErrors, match="no such file"):
+        load_settings(file, must_exist=True)
+    file.write_text("queue_sise: 3\n")
+    with pytest.raises(ConfigErrors, match="queue_size"):
+        load_settings(file, must_exist=True)
+
+
+def test_the_memory_that_is_there_is_no_more_than_the_machines() -> None:
+    """MemAvailable, or less in a cgroup."""
+    assert 0 < load_memory_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+# -- live --
+
+
+def test_a_broken_config_keeps_its_last_good_version(
+    daemon: StartDaemon, tiny_llama: Path, notified: Notified, tmp_path: Path
+) -> None:
+    """It is told of, everything else goes on, and a mended one is in force at once."""
+    served = daemon(
+        [tiny_llama],
+        {"a.yaml": f"name: a\nshas: ['*']\nload: {SMALL}\n", "b.yaml": f"name: b\nshas: ['*']\nload: {SMALL}\n"},
+        env={"NOTIFY_SOCKET": str(tmp_path / "notify")},
+    )
+    notified.until("READY=1")
+    served.write_config("a.yaml", "name: a2\nshas: ['*']\ntop_q: 1\n")
+    assert "a.yaml, using the last good one" in notified.until("STATUS=1 models")
+    assert {"a", "b"} <= names(served)
+    assert "a2" not in names(served)
+    status = msgspec.convert(get(served, "/localaid/status"), localaid.DaemonStatus)
+    assert any("a.yaml: top_q: " in problem and "top_p" in problem for problem in status.problems)
+    served.process.wait_for_line(r"top_q.*the last good version stays in force")
+    assert post(served, "a")[0] == 200
+    served.write_config("a.yaml", f"name: a3\nshas: ['*']\nload: {SMALL}\n")
+    until_names(served, "a3")
+    assert "a" not in names(served)
+    (served.configs / "a.yaml").unlink()
+    until_names(served, "a3", there=False)
+
+
+def test_layers_aliases_extends_and_templates_through_real_folders(daemon: StartDaemon, tiny_llama: Path) -> None:
+    """What the pure sections promise, on disk."""
+    served = daemon(
+        {"some-model.gguf": tiny_llama},
+        {
+            "base.yaml": f"name: base\nshas: ['*']\nload: {SMALL}\ntemperature: 0\nmax_tokens: 3\n",
+            "child.yaml": "name: child\nextends: base\nshas: ['*']\nmax_tokens: 5\n",
+            "tmpl.yaml": f"- model: shaped\n  checksum: ['sha256:{localaid.hash_file(str(tiny_llama))['sha256']}']\n"
+            "  template: {completion: shape.tmpl}\n",
+        },
+        settings=SETTINGS,
+    )
+    until_problem = served.process.wait_for_line(r"shape\.tmpl")
+    assert until_problem
+    (served.configs / "shape.tmpl").write_text("{{ prompt }} {{ prompt }}")
+    (served.models / "aliases.json").write_text(json.dumps({"some-model": {"alias": "nick", "description": "short"}}))
+    until_names(served, "shaped")
+    until_names(served, "nick")
+    explained = msgspec.convert(get(served, "/localaid/explain?path=v1/completion&name=child"), localaid.Explanation)
+    assert explained.fields["max_tokens"].value == 5
+    assert explained.fields["temperature"].file.endswith("base.yaml")
+    once = post(served, "base", "ab ab")[1]["usage"]
+    twice = post(served, "shaped", "ab")[1]["usage"]
+    assert isinstance(once, dict)
+    assert isinstance(twice, dict)
+    assert once["prompt_tokens"] == twice["prompt_tokens"]
+    (served.configs / "shape.tmpl").write_text("{{ prompt }} {{ prompt }} {{ prompt }} {{ prompt }}")
+    deadline = time.monotonic() + 60
+    while True:
+        usage = post(served, "shaped", "ab")[1]["usage"]
+        assert isinstance(usage, dict)
+        if usage["prompt_tokens"] > twice["prompt_tokens"]:
+            break
+        assert time.monotonic() < deadline
+
+
+def test_hup_takes_new_settings_and_keeps_the_old_ones_where_they_are_broken(
+    daemon: StartDaemon, tiny_llama: Path, notified: Notified, tmp_path: Path
+) -> None:
+    """RELOADING=1 and READY=1 around it; what needs a restart says so."""
+    served = daemon([tiny_llama], settings=SETTINGS, env={"NOTIFY_SOCKET": str(tmp_path / "notify")})
+    notified.until("READY=1")
+    served.settings.write_text("queue_size: 5\nhash_threads: 1\n")
+    served.process.signal(signal.SIGHUP)
+    notified.until("RELOADING=1")
+    notified.until("READY=1")
+    served.process.wait_for_line("settings: queue_size is now 5")
+    served.process.wait_for_line("settings: hash_threads has changed and needs a restart")
+    served.settings.write_text("queue_sise: 7\n")
+    served.process.signal(signal.SIGHUP)
+    served.process.wait_for_line("queue_sise.*the settings in force stay")
+    assert post(served, tiny_llama.stem)[0] == 200
+
+
+def test_a_request_for_a_file_that_is_being_hashed_waits_for_it(
+    daemon: StartDaemon, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Readiness does not: the daemon is ready while a big file is hashed."""
+    served = daemon([tiny_llama], settings=SETTINGS)
+    big = served.models / "big.gguf"
+    write_tiny_llama(tmp_path / "other.gguf", seed=7, embedding_length=512, block_count=8)
+    place_model(tmp_path / "other.gguf", served.models, "late.gguf", copy=True)
+    assert not big.exists()
+    until_names(served, "late")
+    status, answer = post(served, "late")
+    assert status == 200, answer
+
+
+def test_a_unix_socket_is_served(daemon: StartDaemon, tiny_llama: Path, tmp_path: Path) -> None:
+    """As `unix:PATH`."""
+    served = daemon([tiny_llama], listen=f"unix:{tmp_path}/http.sock")
+    assert served.base_url == f"unix:{tmp_path}/http.sock"
+    assert tiny_llama.stem in names(served)
+
+
+def test_a_restart_reads_nothing_again(daemon: StartDaemon, tiny_llama: Path) -> None:
+    """The digests come from the cache: a file that cannot be read any more is still known."""
+    served = daemon([tiny_llama])
+    before = get(served, "/v1/models")
+    assert served.process.stop() == 0
+    cache = served.state / localaid.DigestCache.FILE_NAME
+    assert cache.stat().st_size > 64
+    again = daemon(folder=served.folder)
+    assert get(again, "/v1/models") == before
+    cache_bytes = cache.read_bytes()
+    assert again.process.stop() == 0
+    cache.write_bytes(cache_bytes[:-3] + b"xxx")
+    broken = daemon(folder=served.folder)
+    until_names(broken, tiny_llama.stem)
+    broken.process.wait_for_line("digests.msgpack is thrown away")
+
+
+# -- the end --
+
+
+def test_sigterm_lets_a_running_answer_come_to_its_end(
+    daemon: StartDaemon, tiny_llama: Path, notified: Notified, tmp_path: Path
+) -> None:
+    """STOPPING=1, the whole stream, exit status 0, no worker left."""
+    served = daemon(
+        [tiny_llama], settings={"load": {"ctx_size": 4096}}, env={"NOTIFY_SOCKET": str(tmp_path / "notify")}
+    )
+
+    async def ask() -> bytes:
+        body = {"model": tiny_llama.stem, "prompt": "x", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+        async with aiohttp.ClientSession(served.base_url) as http, http.post("/v1/completions", json=body) as answer:
+            first = await answer.content.readline()
+            served.process.signal(signal.SIGTERM)
+            return first + await answer.read()
+
+    raw = asyncio.run(ask())
+    assert raw.endswith(b"data: [DONE]\n\n")
+    assert b'"finish_reason":"length"' in raw
+    notified.until("STOPPING=1")
+    assert served.process.process.wait(60) == 0
+
+
+def test_a_daemon_that_is_killed_leaves_no_worker(daemon: StartDaemon, tiny_llama: Path) -> None:
+    """The kernel ends them with it."""
+    served = daemon([tiny_llama], settings=SETTINGS)
+    assert post(served, tiny_llama.stem)[0] == 200
+    workers = served.process.workers()
+    assert workers
+    ends = [os.pidfd_open(worker) for worker in workers]
+    os.kill(served.pid, signal.SIGKILL)
+    served.process.process.wait(30)
+    deadline = time.monotonic() + 30
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < deadline
+    for end in ends:
+        os.close(end)

@@ -1,0 +1,95 @@
+"""Dropping things in, live: 200 config edits and 20 file replacements under 8 streams, none of which breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import aiohttp
+import msgspec
+
+import localaid
+from conftest import Daemon, StartDaemon
+from models import write_tiny_llama
+
+STREAMS, EDITS, REPLACEMENTS = 8, 200, 20
+NAME = "smollm2-135m-instruct"
+
+
+async def stream_on(http: aiohttp.ClientSession, place: int, done: asyncio.Event) -> int:
+    """Ask for stream after stream until `done`; every one must end as it should.  Return how many there were."""
+    count = 0
+    while not done.is_set() or not count:
+        messages = [{"role": "user", "content": f"Story {place}.{count}, please."}]
+        body = {"model": NAME, "messages": messages, "stream": True, "max_tokens": 40, "ignore_eos": True}
+        async with http.post("/v1/chat/completions", json=body) as answer:
+            assert answer.status == 200, await answer.text()
+            raw = await answer.read()
+        assert raw.endswith(b"data: [DONE]\n\n"), raw[-300:]
+        assert b'"finish_reason":"length"' in raw
+        assert b'"error"' not in raw
+        count += 1
+    return count
+
+
+async def explained(http: aiohttp.ClientSession, name: str) -> localaid.Explanation:
+    """Return where a name leads now."""
+    async with http.get("/localaid/explain", params={"path": "v1/chat", "name": name}) as answer:
+        return msgspec.json.decode(await answer.read(), type=localaid.Explanation)
+
+
+async def until_explained(http: aiohttp.ClientSession, name: str, field: str, value: object) -> None:
+    """Ask until a change is in force; nothing tells a client."""
+    async with asyncio.timeout(60):
+        while True:
+            found = await explained(http, name)
+            seen = found.sha256 if field == "sha256" else getattr(found.fields.get(field), "value", None)
+            if seen == value:
+                return
+
+
+async def edit(http: aiohttp.ClientSession, served: Daemon) -> None:
+    """Edit configs: each edit must be in force; some break a file, some take it away."""
+    for number in range(EDITS):
+        file = f"edit{number % 5}.yaml"
+        if number % 10 == 9:
+            served.write_config(file, "name: [broken\n")
+            continue
+        served.write_config(file, f"name: edited{number % 5}\nshas: ['*']\nmax_tokens: {number + 1}\n")
+        await until_explained(http, f"edited{number % 5}", "max_tokens", number + 1)
+
+
+async def replace(http: aiohttp.ClientSession, served: Daemon, variants: list[Path]) -> None:
+    """Replace a model file by atomic renames: the name leads to the new content each time, and answers."""
+    for number in range(REPLACEMENTS):
+        draft = served.folder / "draft.gguf"
+        draft.write_bytes(variants[number % 2].read_bytes())
+        draft.rename(served.models / "swapped.gguf")
+        sha256 = localaid.hash_file(str(variants[number % 2]))["sha256"]
+        await until_explained(http, "swapped", "sha256", sha256)
+        body = {"model": "swapped", "prompt": "x", "max_tokens": 2}
+        async with http.post("/v1/completions", json=body) as answer:
+            assert answer.status == 200, await answer.text()
+
+
+async def test_nothing_breaks_while_everything_changes(daemon: StartDaemon, smollm2: Path, tmp_path: Path) -> None:
+    """No stream breaks, every change is in force, what was removed is gone from /v1/models."""
+    variants = [write_tiny_llama(tmp_path / f"v{seed}.gguf", seed=seed) for seed in (1, 2)]
+    options = {"ctx_size": 512, "threads": 1}
+    served = daemon([smollm2], settings={"load": options})
+    done = asyncio.Event()
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(served.base_url, timeout=timeout) as http, asyncio.TaskGroup() as group:
+        streams = [group.create_task(stream_on(http, place, done)) for place in range(STREAMS)]
+        edits = group.create_task(edit(http, served))
+        replacements = group.create_task(replace(http, served, variants))
+        await asyncio.wait({edits, replacements})
+        (served.models / "swapped.gguf").unlink()
+        async with asyncio.timeout(60):
+            while True:
+                async with http.get("/v1/models") as answer:
+                    if "swapped" not in {card["id"] for card in json.loads(await answer.read())["data"]}:
+                        break
+        done.set()
+    assert all(task.result() >= 1 for task in streams)
