@@ -429,7 +429,7 @@ async def test_two_models_that_do_not_fit_together_take_turns(
     """The idle one goes when the other is asked for."""
     served = daemon(
         [tiny_llama, tiny_mamba],
-        settings={"memory": "250MiB", "load": {"ctx_size": 256, "parallel": 1}},
+        settings={"memory": "200MiB", "load": {"ctx_size": 256, "parallel": 1}},
     )
     async with aiohttp.ClientSession(served.base_url) as http:
         for name in (tiny_llama.stem, tiny_mamba.stem, tiny_llama.stem):
