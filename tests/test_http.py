@@ -423,16 +423,27 @@ async def test_a_model_that_can_never_fit_is_refused_with_the_numbers(daemon: St
     assert re.search(r"needs about \d+ MiB of memory and the budget is 1 MiB", error["message"]), error
 
 
-async def test_two_models_that_do_not_fit_together_take_turns(
-    daemon: StartDaemon, tiny_llama: Path, tiny_mamba: Path
-) -> None:
-    """The idle one goes when the other is asked for."""
+def estimate(model: Path, options: localaid.LoadOptions) -> int:
+    """Return what the daemon thinks that a model needs."""
+    info = localaid.parse_gguf(model.read_bytes(), size_bytes=model.stat().st_size, file=model.name)
+    return localaid.estimate_bytes(info, options)
+
+
+async def test_two_models_that_do_not_fit_together_take_turns(daemon: StartDaemon, smollm2: Path) -> None:
+    """The idle one goes when the other is asked for: here one model, loaded in two ways."""
+    config = "name: {name}\nshas: ['*']\nload: {{ctx_size: {ctx_size}, parallel: 1, threads: 2}}\n"
     served = daemon(
-        [tiny_llama, tiny_mamba],
-        settings={"memory": "200MiB", "load": {"ctx_size": 256, "parallel": 1}},
+        [smollm2],
+        {f"{size}.yaml": config.format(name=f"ctx{size}", ctx_size=size) for size in (2048, 2040)},
+        settings={"memory": int(estimate(smollm2, localaid.LoadOptions(ctx_size=2048, parallel=1)) * 1.1)},
     )
     async with aiohttp.ClientSession(served.base_url) as http:
-        for name in (tiny_llama.stem, tiny_mamba.stem, tiny_llama.stem):
-            async with http.post("/v1/completions", json={"model": name, "prompt": "x", "max_tokens": 1}) as answer:
+        for size in (2048, 2040, 2048):
+            async with http.post(
+                "/v1/completions", json={"model": f"ctx{size}", "prompt": "x", "max_tokens": 1}
+            ) as answer:
                 assert answer.status == 200, await answer.text()
-            await until(http, lambda status: sum(worker.pid is not None for worker in status.memory.workers) == 1)
+            status = await until(
+                http, lambda status: sum(worker.pid is not None for worker in status.memory.workers) == 1
+            )
+            assert [worker.options.ctx_size for worker in status.memory.workers if worker.pid] == [size]
