@@ -8775,6 +8775,7 @@ class Daemon:
             self._take_inventory(self.inventory)
             await self._start_listening(runner)
             self.is_ready = True
+            gc.freeze()  # what is there now stays; collections need not look at it again
             print(f"localaid: ready on {', '.join(self._listening)}", file=sys.stderr, flush=True)  # noqa: T201
             self._notifier.notify("READY=1")
             self._tell_status()

@@ -142,6 +142,20 @@ def write_tiny_llama(
     return _write(writer, path, tensors)
 
 
+def write_tiny_lora(path: Path, *, seed: int = 5, embedding_length: int = 64, rank: int = 4) -> Path:
+    """Write a LoRA adapter with random weights for the models of `write_tiny_llama`."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(rank))
+    weights = np.random.default_rng(seed)
+    tensors = {
+        "blk.0.attn_output.weight.lora_a": _matrix(weights, rank, embedding_length),
+        "blk.0.attn_output.weight.lora_b": weights.standard_normal((embedding_length, rank), np.float32),
+    }
+    return _write(writer, path, tensors)
+
+
 def write_tiny_mamba(
     path: Path,
     *,

@@ -19,7 +19,7 @@ import pytest
 import localaid
 from conftest import Daemon, StartDaemon
 from localaid import ConfigErrors, Settings, choose_folders, load_memory_bytes, load_settings
-from models import place_model, write_tiny_llama
+from models import place_model, write_tiny_llama, write_tiny_lora
 from processes import is_running
 
 SMALL = "{ctx_size: 512, parallel: 2, threads: 1}"
@@ -197,6 +197,34 @@ def test_layers_aliases_extends_and_templates_through_real_folders(daemon: Start
         if usage["prompt_tokens"] > twice["prompt_tokens"]:
             break
         assert time.monotonic() < deadline
+
+
+def test_a_rule_may_put_a_lora_adapter_on_a_model_by_its_sha(
+    daemon: StartDaemon, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The adapter changes the answer, at scale 0 it does not; one that is not there is named."""
+    adapter = write_tiny_lora(tmp_path / "style.gguf")
+    sha = localaid.hash_file(str(adapter))["sha256"]
+    rule = "name: {name}\nshas: ['sub/base.gguf', base.gguf]\nload: {{ctx_size: 512, threads: 1, lora: {lora}}}\n"
+    served = daemon(
+        {"base.gguf": tiny_llama},
+        {
+            "plain.yaml": rule.format(name="plain", lora="[]"),
+            "full.yaml": rule.format(name="full", lora=f"['sha256:{sha}']"),
+            "none.yaml": rule.format(name="none", lora=f"[{{'sha256:{sha}': 0.0}}]"),
+        },
+    )
+    status, answer = post(served, "full", "Once upon a time", 12)
+    assert status == 503
+    assert sha in json.dumps(answer)
+    place_model(adapter, served.models, "style.gguf", copy=True)
+    deadline = time.monotonic() + 60
+    while post(served, "full")[0] != 200:
+        assert time.monotonic() < deadline
+    texts = {name: post(served, name, "Once upon a time", 12)[1]["choices"] for name in ("plain", "full", "none")}
+    assert texts["none"] == texts["plain"] != texts["full"]
+    status_now = msgspec.convert(get(served, "/localaid/status"), localaid.DaemonStatus)
+    assert any("LoRA" in why for why in status_now.unservable.values())
 
 
 def test_hup_takes_new_settings_and_keeps_the_old_ones_where_they_are_broken(
