@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import localaid
 import msgspec
 import pytest
 
+import localaid
 from models import find_gemma, find_smollm2, place_model, write_tiny_llama, write_tiny_mamba
 from processes import LocalaidProcess
 
