@@ -7223,11 +7223,14 @@ class Generation:
 
     __slots__ = (
         "_ended", "_error", "_events", "_loop", "_owner", "_waiter",
-        "again", "client", "frame", "id", "keep_alive_s", "left", "n", "received", "since",
+        "again", "client", "frame", "id", "keep_alive_s", "left", "more", "n", "received", "since",
     )  # fmt: skip
 
-    def __init__(self, owner: WorkerOwner, request: Submit, client: str, keep_alive_s: float, now: float) -> None:
+    def __init__(
+        self, owner: WorkerOwner, request: Submit, client: str, keep_alive_s: float, now: float, *, more: bool = False
+    ) -> None:
         """Hold a request that has not been queued yet; raises `UnicodeEncodeError` for a text that is none."""
+        self.more = more  # not counted in the queue
         self.id, self.n, self.left = request.id, request.n, request.n  # left: sequences that have not finished
         self.frame = encode_frame(request)
         self.client, self.keep_alive_s, self.since = client, keep_alive_s, now
@@ -7486,10 +7489,11 @@ class WorkerOwner:
 
     def submit(self, generation: Generation, queue_size: int) -> None:
         """Queue a request; raises `QueueFull`, or what it was refused with at once."""
-        if len(self.queue) >= queue_size:
+        if len(self.queue) >= queue_size and not generation.more:
             self._pump()
-            if len(self.queue) >= queue_size:
-                raise QueueFull(self.target.file, len(self.queue), self._retry_after_s(generation.since))
+            waiting = sum(not each.more for each in self.queue)
+            if waiting >= queue_size:
+                raise QueueFull(self.target.file, waiting, self._retry_after_s(generation.since))
         self.queue.push(generation.client, generation)
         size_bytes = 0
         if self.process is None:  # a load may be decided: on what the others take by now
@@ -7765,9 +7769,10 @@ class Supervisor:
 
     # -- for the daemon --
 
-    def submit(self, target: Target, request: Submit, *, client: str) -> Generation:
+    def submit(self, target: Target, request: Submit, *, client: str, more: bool = False) -> Generation:
         """Queue a request (its `id` is set here) and return its `Generation`.
 
+        `more`: it is a further prompt of a request that has its place in the queue, however many prompts that has.
         Raises `QueueFull`, `ModelFailed`, `ModelTooLarge`, `ModelRemoved` or `ShuttingDown`.
         """
         if self._stopping:
@@ -7779,7 +7784,7 @@ class Supervisor:
         owner.target = target  # the file may have moved since
         keep_alive_s = self.keep_alive_s if target.keep_alive_s is None else target.keep_alive_s
         request = msgspec.structs.replace(request, id=next(self._ids))
-        generation = Generation(owner, request, client, keep_alive_s, self._loop.time())
+        generation = Generation(owner, request, client, keep_alive_s, self._loop.time(), more=more)
         owner.submit(generation, self.queue_size)
         return generation
 
@@ -7921,7 +7926,7 @@ class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
     models: int  # files that can be served
     hashing: int
     rules: dict[str, int]  # layer -> how many
-    problems: tuple[str, ...]  # of configs: their last good version is in force
+    problems: tuple[str, ...]  # of configs and settings: their last good version is in force
     unservable: dict[str, str]  # file -> why
     memory: SupervisorStatus
 
@@ -7957,7 +7962,8 @@ def make_app(state: State) -> web.Application:
     app = web.Application(middlewares=[web.middleware(answer_errors)], client_max_size=BODY_LIMIT_BYTES)
 
     def route(method: str, path: str, handle: Callable[[State, web.Request], Awaitable[web.StreamResponse]]) -> None:
-        app.router.add_route(method, path, functools.partial(handle, state))
+        add = app.router.add_get if method == "GET" else app.router.add_post  # add_get takes HEAD too
+        add(path, functools.partial(handle, state))
 
     route("POST", CHAT, handle_chat)
     route("POST", COMPLETIONS, handle_completions)
@@ -7979,27 +7985,36 @@ async def answer_errors(
     """Answer every error with OpenAI's envelope; one that nobody expected is logged, with an id to find it by."""
     try:
         return await handler(request)
-    except LocalaidError as error:
-        return error_response(error)
     except web.HTTPRequestEntityTooLarge:
         return error_response(BodyTooLarge(limit_bytes=BODY_LIMIT_BYTES))
+    except web.RequestPayloadError as error:
+        problem = f"cannot be read ({str(error).split(maxsplit=2)[-1]})"  # without its "400, message:"
+        return error_response(BadRequest(param=None, problem=problem))
+    except web.HTTPMethodNotAllowed as error:
+        allow = {"Allow": ", ".join(sorted(error.allowed_methods))}
+        return error_response(MethodNotAllowed(request.method, request.path), allow)
     except web.HTTPException as error:
         if error.status == HTTPStatus.NOT_FOUND:
             return error_response(RouteNotFound(request.method, request.path))
-        if error.status == HTTPStatus.METHOD_NOT_ALLOWED:
-            return error_response(MethodNotAllowed(request.method, request.path))
         raise
     except ConnectionError:
         raise  # the client has gone: nobody is left to be told
-    except Exception:  # noqa: BLE001 - the last resort: the client gets an answer and the log the traceback
-        request_id = _new_id("req")
-        _HTTP_LOG.exception("%s: %s %s failed", request_id, request.method, request.path)
-        return error_response(InternalFault(request_id=request_id))
+    except Exception as error:  # noqa: BLE001 - the last resort: the client gets an answer and the log the traceback
+        return error_response(_as_told(request, error))
 
 
-def error_response(error: LocalaidError) -> web.Response:
+def _as_told(request: web.Request, error: Exception) -> LocalaidError:
+    """Return an error as the client is told of it; one that nobody expected goes to the log with its traceback."""
+    if isinstance(error, LocalaidError):
+        return error
+    request_id = _new_id("req")
+    _HTTP_LOG.error("%s: %s %s failed", request_id, request.method, request.path, exc_info=error)
+    return InternalFault(request_id=request_id)
+
+
+def error_response(error: LocalaidError, more_headers: Mapping[str, str] | None = None) -> web.Response:
     """Return an error as an HTTP answer, with `Retry-After` where the error knows when."""
-    headers = {}
+    headers = dict(more_headers or {})
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
@@ -8090,7 +8105,7 @@ async def start_job(
                 stop=list(dict.fromkeys((*stop_words_of(request), *rule.stop))),
                 n=job.n,
             )
-            generation = state.supervisor.submit(target, submit, client=_client_of(http))
+            generation = state.supervisor.submit(target, submit, client=_client_of(http), more=bool(job.generations))
             job.generations.append(stack.enter_context(generation))
         yield job
 
@@ -8128,7 +8143,8 @@ async def merge_batches(job: Job) -> Batches:
                     yield place * job.n, batch
     finally:
         for wait in waits:
-            wait.cancel()
+            if not wait.cancel():
+                wait.exception()  # the first one's is raised; asyncio would log the others as forgotten
 
 
 @dataclass(slots=True)
@@ -8154,7 +8170,7 @@ def _log_job(http: web.Request, job: Job, tally: Tally) -> None:
     """Log one line a request: what it asked for, where it went, what it took; never its text."""
     rule, file = job.resolution.rule, job.resolution.file
     _HTTP_LOG.info(
-        "%s %s %s -> %s -> %s: %d prompt tokens (%d cached), %d completion tokens, first after %.3f s, %.3f s",
+        "%s %s %r -> %r -> %s: %d prompt tokens (%d cached), %d completion tokens, first after %.3f s, %.3f s",
         job.id,
         http.path,
         job.request.model[:200],
@@ -8191,10 +8207,12 @@ async def stream_job(http: web.Request, job: Job, kind: Literal["chat", "complet
                 await response.write(_render_batch(renderer, first, batch, tally, opened))
                 if not tally.first_token_s:
                     tally.first_token_s = time.monotonic() - job.began_s
-    except LocalaidError as error:
+    except ConnectionError:
+        raise  # the client has gone
+    except Exception as error:  # whatever it is, a stream that has begun must say that it ends here
         if not response.prepared:
             raise
-        await response.write(render_sse_error(error))
+        await response.write(render_sse_error(_as_told(http, error)))  # a second head would be taken for an event
         return response
     await response.write(renderer.render_usage(tally.usage()) + SSE_DONE)
     await response.write_eof()
@@ -8435,10 +8453,12 @@ class Folders:
 
     def layer_of(self, file: str) -> Layer:
         """Return the layer of a config file."""
-        path = Path(file)
+        path = Path(file).absolute()
         if path.is_relative_to(self.configs):
             return "user"
-        return "fetched" if path.is_relative_to(self.fetched) else "shipped"
+        if path.is_relative_to(self.fetched):
+            return "fetched"
+        return "shipped" if path.is_relative_to(self.shipped) else "user"  # `localaid check` of a file anywhere
 
 
 def choose_folders(arguments: argparse.Namespace, settings: Settings, environ: Mapping[str, str]) -> Folders:
@@ -8582,7 +8602,8 @@ class Daemon:
         self._listening: tuple[str, ...] = ()
         self._layers = ConfigLayers(folders)
         self._auto: tuple[Rule, ...] = ()
-        self._problems: tuple[ConfigProblem, ...] = ()
+        self._problems: tuple[ConfigProblem, ...] = ()  # of configs
+        self._settings_problems: tuple[ConfigProblem, ...] = ()
         self._targets: dict[tuple[tuple[int, str, int], str], Target] = {}
         self._listings: tuple[Listing, ...] | None = None
         self._declared: dict[str, set[Prompts]] = {}  # sha256 -> prompts that its worker has been told of
@@ -8658,7 +8679,7 @@ class Daemon:
             models=sum(bool(file.serves) for file in self.inventory.files),
             hashing=sum(file.sha256 is None and file.problem is None for file in self.inventory.files),
             rules={layer: layers[layer] for layer in LAYERS},
-            problems=tuple(map(str, self._problems)),
+            problems=tuple(map(str, (*self._settings_problems, *self._problems))),
             unservable={file.path: file.problem for file in self.inventory.files if file.problem is not None},
             memory=self.supervisor.status(),
         )
@@ -8674,8 +8695,11 @@ class Daemon:
             parts.append(f"{progress.files_total - progress.files} hashing {percent} %")
         parts += [f"{names.get(worker.sha256, worker.file)} {worker.state}" for worker in workers]
         parts.append(f"{sum(w.running for w in workers)} running, {sum(w.waiting for w in workers)} waiting")
-        files = sorted({problem.file for problem in self._problems})
-        parts += [f"config error in {file}, using the last good one" for file in files]
+        if self._settings_problems:
+            parts.append(f"error in {self.folders.settings}, using the last good settings")
+        good = {rule.file for rule in self.table.rules} if self._problems else set()
+        for file in sorted({problem.file for problem in self._problems}):
+            parts.append(f"config error in {file}, {'using the last good one' if file in good else 'leaving it out'}")
         return ", ".join(parts)
 
     # -- what changes --
@@ -8700,9 +8724,11 @@ class Daemon:
     def _replace_table(self) -> None:
         """Put a new table in force, from the last good rules of all layers."""
         table, problems = self._layers.set.merge(self._auto)
+        good = {rule.file for rule in table.rules} if problems else set()
         for problem in problems:
             if problem not in self._problems:
-                _DAEMON_LOG.error("%s; the last good version stays in force", problem)
+                what = "the last good version stays in force" if problem.file in good else "it is left out"
+                _DAEMON_LOG.error("%s; %s", problem, what)
         self.table, self._problems = table, problems
         self._listings = None
         self._targets.clear()
@@ -8734,7 +8760,9 @@ class Daemon:
             settings = load_settings(self.folders.settings, must_exist=False)
         except ConfigErrors as error:
             _DAEMON_LOG.error("%s; the settings in force stay", error)
+            self._settings_problems = error.problems
         else:
+            self._settings_problems = ()
             for name, apply in SETTINGS_STEPS.items():
                 before, after = getattr(self.settings, name), getattr(settings, name)
                 if before != after:
@@ -8746,6 +8774,7 @@ class Daemon:
             self.settings = settings
             self._replace_table()
         self._notifier.notify("READY=1")
+        self._tell_status()
 
     def _tell_status(self) -> None:
         """Tell systemd what happens now, where that has changed."""
@@ -8928,18 +8957,27 @@ def run_check(arguments: argparse.Namespace) -> int:
     configs = [file for file in named if file.name != "localaid.yaml"]
     if not configs and (arguments.configs or not named):
         configs = [folders.configs]
-    files = _find_configs(configs, problems)
+    files = set(_find_configs(configs, problems))
     layers = ConfigLayers(folders)
-    layers.take(FolderChanges(dict.fromkeys(files, "written"), set()))
+    layers.take(FolderChanges(dict.fromkeys(files | _find_around(files, folders), "written"), set()))
     table, found = layers.set.merge()
-    problems += found
+    problems += [problem for problem in found if problem.file in files]
     for problem in problems:
         print(problem)  # noqa: T201
     for warning in find_warnings(table):
-        print(f"warning: {warning}")  # noqa: T201
+        if warning.file in files:
+            print(f"warning: {warning}")  # noqa: T201
     if not problems:
-        print(f"{len(files)} files, {len(table.rules)} rules: no errors")  # noqa: T201
+        print(f"{len(files)} files, {sum(rule.file in files for rule in table.rules)} rules: no errors")  # noqa: T201
     return 1 if problems else 0
+
+
+def _find_around(files: AbstractSet[str], folders: Folders) -> set[str]:
+    """Return the configs that `files` may extend or compete with: those beside them and in lower layers."""
+    beside = {near for file in files for suffix in CONFIG_SUFFIXES for near in Path(file).parent.glob(f"*{suffix}")}
+    lower = (folder for folder in (folders.fetched, folders.shipped) if folder.is_dir())
+    found = {os.path.realpath(file): file for file in (*map(str, beside), *_find_configs(lower, []))}
+    return {found[one] for one in found.keys() - set(map(os.path.realpath, files))}
 
 
 def _find_configs(paths: Iterable[Path], problems: list[ConfigProblem]) -> list[str]:
@@ -9119,7 +9157,7 @@ def _show_demo(daemon: subprocess.Popen[str], folder: Path, *, once: bool) -> in
     for line in stderr:
         sys.stderr.write(line)
         if line.startswith("localaid: ready on "):
-            base = line.removeprefix("localaid: ready on ").strip()
+            base = line.removeprefix("localaid: ready on ").strip().split(", ")[0]
             break
     if not base:
         return _fail("the daemon did not start; its last words are above")
