@@ -2701,6 +2701,61 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 # -- Requests --
 
 
+class FunctionDefinition(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A function that the model may call; `parameters` is a JSON schema of its arguments."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, object] | None = None  # None: any object
+    strict: bool | None = None
+
+
+class ToolDefinition(msgspec.Struct, kw_only=True):
+    """One entry of a chat's `tools`."""
+
+    type: Literal["function"] = "function"
+    function: FunctionDefinition
+
+
+class Tooling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The tools of one request, and whether the model may, must or must not call them."""
+
+    tools: list[ToolDefinition] = []
+    choice: Literal["auto", "none", "required"] = "auto"
+    function: str | None = None  # the only one to call; `choice` is "required" then
+    parallel: bool = True  # more than one call in an answer
+
+
+class JsonConstraint(msgspec.Struct, frozen=True, kw_only=True, tag="json"):
+    """The answer is JSON that a schema allows; {"type": "object"} for any object."""
+
+    schema: dict[str, object] | bool
+
+
+class GbnfConstraint(msgspec.Struct, frozen=True, kw_only=True, tag="gbnf"):
+    """The answer is a text of a grammar in llama.cpp's GBNF; its first rule is `root`."""
+
+    grammar: str
+
+
+class LarkConstraint(msgspec.Struct, frozen=True, kw_only=True, tag="lark"):
+    """The answer is a text of a grammar in llguidance's Lark; localaid's own, never a client's."""
+
+    grammar: str
+
+
+Constraint = JsonConstraint | GbnfConstraint | LarkConstraint
+
+
+class CallDelta(msgspec.Struct, frozen=True, array_like=True):
+    """What a step added to one tool call of an answer; the first one of a call has its id and name."""
+
+    index: int  # of the call in the answer
+    arguments: str = ""  # JSON text, a piece of it
+    id: str = ""
+    name: str = ""
+
+
 class ContentPart(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One part of a message's content; only text parts can be served for now."""
 
@@ -3257,6 +3312,26 @@ class ChunkRenderer:
         before, _, behind = render_sse(chunk).rpartition(_ENCODE(self._GAP))
         self._frames[index] = before, behind
         return before, behind
+
+
+# == 5a. VECTORS: embeddings, rerank, tokens as structs (pure) =========================================================
+#
+# Requests and answers of /v1/embeddings, /v1/rerank and llama-server's token routes.
+
+
+# == 5b. RESPONSES: OpenAI's /v1/responses <-> a chat (pure) ===========================================================
+#
+# A request becomes a `ChatRequest`; what the worker answers becomes an answer, or events in OpenAI's order and names.
+
+
+# == 5c. ANTHROPIC: Anthropic's /v1/messages <-> a chat (pure) =========================================================
+#
+# A request becomes a `ChatRequest`; what the worker answers becomes an answer, or events as Anthropic names them.
+
+
+# == 5d. TOOLS: formats of tool calls and of reasoning (pure) ==========================================================
+#
+# A table of formats: how a model is told of its tools, how it writes a call, and the grammar that makes it write one.
 
 
 # == 6. PROMPT: messages -> text, by the rule's or the model's template (pure; runs in the worker) =====================
@@ -5119,6 +5194,7 @@ class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="chat", omit_def
     messages: list[ChatMessage]
     prompts: Prompts = Prompts()
     template_kwargs: dict[str, bool | int | float | str] = {}
+    tooling: Tooling = Tooling()
 
 
 class TextPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="text", omit_defaults=True):
@@ -5134,7 +5210,14 @@ class TokenPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="tokens", omit_
     tokens: list[int]
 
 
-Prompt = ChatPrompt | TextPrompt | TokenPrompt
+class InfillPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="infill", omit_defaults=True):
+    """What stands before and behind the text that the model is to write, for models with the tokens for it."""
+
+    prefix: str
+    suffix: str
+
+
+Prompt = ChatPrompt | TextPrompt | TokenPrompt | InfillPrompt
 
 
 class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag="load", omit_defaults=True):
@@ -5156,6 +5239,50 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit", omit_defau
     stop: list[str] = []
     n: int = 1
     top_logprobs: int | None = None  # None: no log-probabilities; 0: only of the chosen token
+    constraint: Constraint | None = None  # of the answer, behind its reasoning; tool calls bring their own
+    echo: bool = False  # the answer begins with the prompt; with `top_logprobs`, with its tokens' too
+
+
+class Embed(msgspec.Struct, frozen=True, kw_only=True, tag="embed", omit_defaults=True):
+    """Texts or token ids to be embedded, as many in one decode as fit."""
+
+    id: int
+    inputs: list[str | list[int]]
+    pooling: str | None = None  # None: the file's own, else the mean
+
+
+class Rerank(msgspec.Struct, frozen=True, kw_only=True, tag="rerank", omit_defaults=True):
+    """Documents to be scored against a query."""
+
+    id: int
+    query: str
+    documents: list[str]
+
+
+class Tokenize(msgspec.Struct, frozen=True, kw_only=True, tag="tokenize", omit_defaults=True):
+    """A text to be cut into tokens."""
+
+    id: int
+    text: str
+    add_special: bool = False  # put the token that begins a sequence before it
+    parse_special: bool = True  # read the texts of special tokens as these
+
+
+class Detokenize(msgspec.Struct, frozen=True, kw_only=True, tag="detokenize"):
+    """Tokens to be joined to a text."""
+
+    id: int
+    tokens: list[int]
+
+
+class Render(msgspec.Struct, frozen=True, kw_only=True, tag="render"):
+    """A prompt to be rendered and counted, not answered."""
+
+    id: int
+    prompt: Prompt
+
+
+Task = Submit | Embed | Rerank | Tokenize | Detokenize | Render  # what waits in a queue
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
@@ -5174,7 +5301,7 @@ class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End the worker when its last sequence has finished."""
 
 
-ToWorker = LoadModel | Declare | Submit | Cancel | Stop
+ToWorker = LoadModel | Declare | Task | Cancel | Stop
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):
@@ -5202,7 +5329,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Log-probability of one chosen token, and the likeliest ones at its place."""
 
     token: bytes
-    logprob: float
+    logprob: float | None  # None: of the first token of an echoed prompt, which nothing led to
     top: list[tuple[bytes, float]] = []
 
 
@@ -5213,8 +5340,10 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     index: int  # of the sequence in the request, 0 to n-1
     text: str
     tokens: int  # completion tokens so far
-    finish: Literal["stop", "length"] | None = None
+    finish: Literal["stop", "length", "tool_calls"] | None = None
     logprobs: list[TokenLogprob] | None = None
+    reasoning: str = ""  # comes before `text`
+    calls: list[CallDelta] = []  # come behind `text`
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True):
@@ -5244,7 +5373,40 @@ class Rejected(msgspec.Struct, frozen=True, kw_only=True, tag="rejected"):
     fields: dict[str, str | int | float | None]
 
 
-FromWorker = Loading | Loaded | LoadFailed | Step | Rejected
+class Embedded(msgspec.Struct, frozen=True, kw_only=True, tag="embedded"):
+    """Answer to `Embed`: a vector an input, normalised, as 32-bit little-endian floats."""
+
+    id: int
+    vectors: list[bytes]
+    tokens: int  # of all inputs
+
+
+class Ranked(msgspec.Struct, frozen=True, kw_only=True, tag="ranked"):
+    """Answer to `Rerank`: a score a document, higher is more relevant."""
+
+    id: int
+    scores: list[float]
+    tokens: int
+
+
+class Tokenized(msgspec.Struct, frozen=True, kw_only=True, tag="tokenized"):
+    """Answer to `Tokenize`: the tokens and the bytes of each."""
+
+    id: int
+    tokens: list[int]
+    pieces: list[bytes]
+
+
+class Rendered(msgspec.Struct, frozen=True, kw_only=True, tag="rendered"):
+    """Answer to `Render` and `Detokenize`: the text, and how many tokens it is."""
+
+    id: int
+    text: str
+    tokens: int
+
+
+Reply = Embedded | Ranked | Tokenized | Rendered  # the whole answer to a task that is no `Submit`
+FromWorker = Loading | Loaded | LoadFailed | Step | Rejected | Reply
 
 
 FRAME_LIMIT_BYTES: Final = 256 * 1024 * 1024  # a longer frame means that the other side lost its place
@@ -5756,6 +5918,16 @@ def _keep_log(llama: ModuleType) -> LlamaLog:
     llama.llama_log_set(callback, ctypes.c_void_p(0))
     log.callback = callback  # type: ignore[attr-defined] # kept alive as long as the log
     return log
+
+
+# == 11a. CONSTRAIN: grammars and schemas -> which tokens may come next (llguidance) ===================================
+#
+# One matcher a constrained sequence; its mask is put on the logits before they are sampled.
+
+
+# == 11b. EMBED: texts -> vectors and scores, on an engine's weights ===================================================
+#
+# A second context on the same weights, made when the first request needs it.
 
 
 # == 12. WORKER: frame -> plan -> decode -> commit -> frame ============================================================
@@ -7899,7 +8071,12 @@ class Supervisor:
         self.react(self.table.tick(self._loop.time()))
 
 
-# == 16. HTTP: one handler for each route; middlewares =================================================================
+# == 15a. ACCESS: API keys, origins, what each may see =================================================================
+#
+# Who asks, and which names he may use.
+
+
+# == 16. HTTP: jobs, streams, chats and completions ====================================================================
 #
 # A request goes: parse (5) -> resolve (3), waiting for a file that is being hashed -> one `Submit` a prompt into the
 # worker's queue (15) -> its deltas as SSE, or as one answer.  `State` is what the handlers see of the daemon.
@@ -7955,25 +8132,6 @@ class State(Protocol):
 
     def status(self) -> DaemonStatus:
         """Return what `localaid status` shows."""
-
-
-def make_app(state: State) -> web.Application:
-    """Return the web application for a daemon's state."""
-    app = web.Application(middlewares=[web.middleware(answer_errors)], client_max_size=BODY_LIMIT_BYTES)
-
-    def route(method: str, path: str, handle: Callable[[State, web.Request], Awaitable[web.StreamResponse]]) -> None:
-        add = app.router.add_get if method == "GET" else app.router.add_post  # add_get takes HEAD too
-        add(path, functools.partial(handle, state))
-
-    route("POST", CHAT, handle_chat)
-    route("POST", COMPLETIONS, handle_completions)
-    route("GET", "/v1/models", handle_models)
-    route("GET", "/v1/models/{name:.+}", handle_model)
-    route("GET", "/localaid/explain", handle_explain)
-    route("GET", "/localaid/status", handle_status)
-    route("GET", "/healthz", handle_healthz)
-    route("GET", "/readyz", handle_readyz)
-    return app
 
 
 # -- middlewares --
@@ -8269,7 +8427,7 @@ class Answer:
     """One complete answer."""
 
     text: str = ""
-    finish: Literal["stop", "length"] = "stop"
+    finish: FinishReason = "stop"
 
 
 async def collect_job(http: web.Request, job: Job) -> tuple[list[Answer], Usage]:
@@ -8419,6 +8577,40 @@ async def handle_readyz(state: State, _: web.Request) -> web.Response:
     if state.is_ready:
         return web.Response(text="ready\n")
     return web.Response(status=HTTPStatus.SERVICE_UNAVAILABLE, text="reading the folders\n")
+
+
+# == 16a. ENCODE: embeddings, rerank and token routes ==================================================================
+#
+# Tasks that have one whole answer.
+
+
+# == 16b. DIALECTS: /v1/responses and /v1/messages =====================================================================
+#
+# A chat in other words: what stands in sections 5b and 5c, on the jobs of section 16.
+
+
+# == 16c. ROUTES: the table of routes, and the document that describes them ============================================
+#
+# Every handler's address.
+
+
+def make_app(state: State) -> web.Application:
+    """Return the web application for a daemon's state."""
+    app = web.Application(middlewares=[web.middleware(answer_errors)], client_max_size=BODY_LIMIT_BYTES)
+
+    def route(method: str, path: str, handle: Callable[[State, web.Request], Awaitable[web.StreamResponse]]) -> None:
+        add = app.router.add_get if method == "GET" else app.router.add_post  # add_get takes HEAD too
+        add(path, functools.partial(handle, state))
+
+    route("POST", CHAT, handle_chat)
+    route("POST", COMPLETIONS, handle_completions)
+    route("GET", "/v1/models", handle_models)
+    route("GET", "/v1/models/{name:.+}", handle_model)
+    route("GET", "/localaid/explain", handle_explain)
+    route("GET", "/localaid/status", handle_status)
+    route("GET", "/healthz", handle_healthz)
+    route("GET", "/readyz", handle_readyz)
+    return app
 
 
 # == 17. DAEMON: folders, reload, systemd, signals, ordered stop =======================================================

@@ -19,28 +19,40 @@ import localaid
 REPO = Path(__file__).parent.parent
 PROGRAM = Path(localaid.__file__)
 
-SECTIONS = {
-    1: "ERRORS",
-    2: "CONFIG",
-    3: "TABLE",
-    4: "GGUF",
-    5: "API",
-    6: "PROMPT",
-    7: "OUTPUT",
-    8: "BATCH",
-    9: "LIFECYCLE",
-    10: "WIRE",
-    11: "ENGINE",
-    12: "WORKER",
-    13: "INDEX",
-    14: "FETCH",
-    15: "SUPERVISOR",
-    16: "HTTP",
-    17: "DAEMON",
-    18: "CLI",
+Number = tuple[int, str]  # (5, "a") is section 5a: a part of what DESIGN.md has as section 5
+
+SECTIONS: dict[Number, str] = {
+    (1, ""): "ERRORS",
+    (2, ""): "CONFIG",
+    (3, ""): "TABLE",
+    (4, ""): "GGUF",
+    (5, ""): "API",
+    (5, "a"): "VECTORS",
+    (5, "b"): "RESPONSES",
+    (5, "c"): "ANTHROPIC",
+    (5, "d"): "TOOLS",
+    (6, ""): "PROMPT",
+    (7, ""): "OUTPUT",
+    (8, ""): "BATCH",
+    (9, ""): "LIFECYCLE",
+    (10, ""): "WIRE",
+    (11, ""): "ENGINE",
+    (11, "a"): "CONSTRAIN",
+    (11, "b"): "EMBED",
+    (12, ""): "WORKER",
+    (13, ""): "INDEX",
+    (14, ""): "FETCH",
+    (15, ""): "SUPERVISOR",
+    (15, "a"): "ACCESS",
+    (16, ""): "HTTP",
+    (16, "a"): "ENCODE",
+    (16, "b"): "DIALECTS",
+    (16, "c"): "ROUTES",
+    (17, ""): "DAEMON",
+    (18, ""): "CLI",
 }
-NOT_YET = {14}  # comes with default configs and weights from the web
-LAST_PURE = 10
+NOT_YET = {(14, "")}  # comes with default configs and weights from the web
+LAST_PURE = (10, "")
 ENGINE = 11
 
 TOP_LEVEL = {"pyproject.toml", "README.md", "localaid.py", "contrib", "default-configs", "tests", "LICENSE"}
@@ -85,13 +97,16 @@ LONG_SECTIONS: dict[str, tuple[int, str]] = {  # section -> (its own limit, why 
 BANNER_COMMENT_LINES = 10
 LONG_BANNERS = {"ERRORS": "it holds the tree of all errors"}
 
-BANNER = re.compile(r"# == (?P<number>\d+)\. (?P<name>[A-Z]+): (?P<what>\S.*\S) (?P<rule>=+)")
+BANNER = re.compile(r"# == (?P<number>\d+)(?P<part>[a-z]?)\. (?P<name>[A-Z]+): (?P<what>\S.*\S) (?P<rule>=+)")
+
+
+NO_NUMBER = (-1, "")
 
 
 class Section(NamedTuple):
     """A part of the file from its banner to the next; HEAD (0) has none."""
 
-    number: int
+    number: Number
     name: str
     banner: str
     first: int  # line, from 1
@@ -102,10 +117,10 @@ def find_sections(source: str) -> list[Section]:
     """Return the sections in the order of the file."""
     lines = source.splitlines()
     starts = [number for number, line in enumerate(lines, 1) if line.startswith("# ==")]
-    sections = [Section(0, "HEAD", "", 1, (starts[0] if starts else len(lines) + 1) - 1)]
+    sections = [Section((0, ""), "HEAD", "", 1, (starts[0] if starts else len(lines) + 1) - 1)]
     for start, end in zip(starts, [*starts[1:], len(lines) + 1], strict=True):
         found = BANNER.fullmatch(lines[start - 1])
-        number, name = (int(found["number"]), found["name"]) if found else (-1, "?")
+        number, name = ((int(found["number"]), found["part"]), found["name"]) if found else (NO_NUMBER, "?")
         sections.append(Section(number, name, lines[start - 1], start, end - 1))
     return sections
 
@@ -127,13 +142,13 @@ def check_banners(source: str) -> Iterator[str]:
     """Every section opens with its banner: fixed grammar, padded to 120 columns, in order, `(pure)` up to WIRE."""
     sections = find_sections(source)[1:]
     for section in sections:
-        if section.number < 0:
+        if section.number == NO_NUMBER:
             yield f"line {section.first}: not a banner: {section.banner}"
             continue
         if len(section.banner) != 120:
             yield f"{section.name}: the banner is {len(section.banner)} columns, not 120"
         if SECTIONS.get(section.number) != section.name:
-            yield f"section {section.number} is {SECTIONS.get(section.number)}, not {section.name}"
+            yield f"section {section.number[0]}{section.number[1]} is {SECTIONS.get(section.number)}, not {section.name}"
         if ("(pure" in section.banner) != (section.number <= LAST_PURE):
             yield f"{section.name}: sections up to {LAST_PURE}, and no others, are marked (pure)"
     found = [section.number for section in sections]
@@ -181,7 +196,7 @@ def check_purity(source: str) -> Iterator[str]:
     origins = _imported(tree)
     for node in ast.walk(tree):
         line = getattr(node, "lineno", None)
-        if line is None or not 1 <= section_at(sections, line).number <= LAST_PURE:
+        if line is None or not (1, "") <= section_at(sections, line).number <= LAST_PURE:
             continue
         where = f"{section_at(sections, line).name}, line {line}"
         match node:
@@ -235,7 +250,7 @@ def check_engine_imports(source: str) -> Iterator[str]:
             case _:
                 continue
         section = section_at(sections, node.lineno)
-        if any(module.partition(".")[0] == "llama_cpp" for module in modules) and section.number != ENGINE:
+        if any(module.partition(".")[0] == "llama_cpp" for module in modules) and section.number[0] != ENGINE:
             yield f"{section.name}, line {node.lineno}: llama_cpp is imported by ENGINE only"
 
 
@@ -279,7 +294,7 @@ def check_exports(source: str) -> Iterator[str]:
     tree = ast.parse(source)
     sections = find_sections(source)
     found = [node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
-    if not found or section_at(sections, found[0].lineno).number != 0:
+    if not found or section_at(sections, found[0].lineno).number != (0, ""):
         yield "HEAD has no __all__"
         return
     defined = {name for name, _ in _defined(tree)}
@@ -508,9 +523,10 @@ def test_exceptions_are_needed() -> None:
 # -- each check can fail --
 
 
-def banner(number: int, name: str, *, pure: bool | None = None, columns: int = 120) -> str:
+def banner(number: Number, name: str, *, pure: bool | None = None, columns: int = 120) -> str:
     """Return a section's opening."""
-    text = f"# == {number}. {name}: what it does{' (pure)' if (number <= LAST_PURE if pure is None else pure) else ''} "
+    marked = number <= LAST_PURE if pure is None else pure
+    text = f"# == {number[0]}{number[1]}. {name}: what it does{' (pure)' if marked else ''} "
     return text.ljust(columns, "=") + "\n#\n# How it works.\n"
 
 
@@ -566,15 +582,15 @@ def test_allowed(check: Callable[[str], Iterator[str]], bodies: dict[str, str]) 
 
 LONG = "\n".join(f"    x{number} = {number}" for number in range(FUNCTION_LINES))
 BAD: list[tuple[Callable[[str], Iterator[str]], dict[str, str], str]] = [
-    (check_banners, {"GGUF": banner(14, "FETCH")}, "sections \\["),
+    (check_banners, {"GGUF": banner((14, ""), "FETCH")}, "sections \\["),
     (check_banners, {"CLI": "# == something else\n"}, "not a banner"),
-    (check_banners, {"CLI": banner(14, "Fetch")}, "not a banner"),
-    (check_banners, {"HTTP": banner(99, "MORE")}, "section 99 is None"),
-    (check_banners, {"HTTP": banner(14, "FETCH", columns=119)}, "119 columns"),
-    (check_banners, {"SUPERVISOR": banner(14, "FETCH", pure=True)}, "marked \\(pure\\)"),
-    (check_banners, {"HEAD": banner(1, "ERRORS", pure=False)}, "marked \\(pure\\)"),
-    (check_banner_comments, {"CLI": banner(14, "FETCH").splitlines()[0] + "\nX = 1\n"}, "no comment"),
-    (check_banner_comments, {"CLI": banner(14, "FETCH") + "# more\n" * 10}, "11 lines of comment"),
+    (check_banners, {"CLI": banner((14, ""), "Fetch")}, "not a banner"),
+    (check_banners, {"HTTP": banner((99, ""), "MORE")}, "section 99 is None"),
+    (check_banners, {"HTTP": banner((14, ""), "FETCH", columns=119)}, "119 columns"),
+    (check_banners, {"SUPERVISOR": banner((14, ""), "FETCH", pure=True)}, "marked \\(pure\\)"),
+    (check_banners, {"HEAD": banner((1, ""), "ERRORS", pure=False)}, "marked \\(pure\\)"),
+    (check_banner_comments, {"CLI": banner((14, ""), "FETCH").splitlines()[0] + "\nX = 1\n"}, "no comment"),
+    (check_banner_comments, {"CLI": banner((14, ""), "FETCH") + "# more\n" * 10}, "11 lines of comment"),
     (check_section_lengths, {"WIRE": "X = 1\n" * SECTION_LINES}, "WIRE: 4\\d\\d lines"),
     (check_function_lengths, {"API": f"def long():\n{LONG}\n"}, "long: 61 lines"),
     (
