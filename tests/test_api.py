@@ -4,44 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from openai.types import Completion as OpenAICompletion
-from openai.types import Model as OpenAIModel
-from openai.types.chat import ChatCompletion as OpenAIChatCompletion
-from openai.types.chat import ChatCompletionChunk as OpenAIChatChunk
-from pydantic import BaseModel
 
 import localaid
 from localaid import (
     NO_TOKEN_LIMIT,
     SSE_DONE,
-    AssistantMessage,
+    AllowedTools,
+    AllowedToolsChoice,
+    Answer,
     BadRequest,
-    ChatChoice,
+    CallDelta,
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
     ChatDelta,
-    ChatLogprobs,
     ChatMessage,
-    ChatTokenLogprob,
+    ChatRequest,
     ChunkRenderer,
     Completion,
     CompletionChoice,
-    CompletionLogprobs,
+    Constraint,
+    FunctionDefinition,
+    FunctionName,
+    GbnfConstraint,
+    JsonConstraint,
     LocalaidError,
+    LogprobStream,
     ModelCard,
     ModelExtension,
     ModelList,
+    NamedToolChoice,
     Sampling,
-    TopLogprob,
+    TextStream,
+    TokenLogprob,
+    ToolDefinition,
+    Tooling,
     UnsupportedParameter,
+    chat_choice_of,
+    chat_logprobs_of,
+    completion_choice_of,
+    completion_logprobs_of,
+    constraint_of,
     parse_chat_request,
     parse_completion_request,
     prompts_of,
@@ -52,14 +61,19 @@ from localaid import (
     render_sse_error,
     sampling_of,
     stop_words_of,
+    template_kwargs_of,
+    tooling_of,
+    top_logprobs_of,
     usage_of,
 )
-
-OPENAPI = Path(__file__).resolve().parents[2] / "shared" / "openai-openapi-reduced.json"
+from openai_shapes import OPENAPI, TYPES, check_answer
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "m", "prompt": "Once"}
-USAGE = usage_of(prompt_tokens=12, completion_tokens=3, cached_tokens=8)
+USAGE = usage_of(prompt_tokens=12, completion_tokens=3, cached_tokens=8, reasoning_tokens=1)
+WEATHER = {"name": "weather", "description": "Tell it.", "parameters": {"type": "object"}, "strict": True}
+CLOCK = {"name": "clock"}
+TOOLS = [{"type": "function", "function": WEATHER}, {"type": "function", "function": CLOCK}]
 
 
 def chat(**fields: object) -> bytes:
@@ -177,7 +191,7 @@ def test_messages() -> None:
 
 
 def test_what_changes_nothing_is_accepted() -> None:
-    """Unknown fields, nulls, and fields of issue 3 that ask for nothing do not stand in the way."""
+    """Unknown fields, nulls, and fields that ask for nothing do not stand in the way."""
     request = parse_chat_request(
         chat(
             whatever={"deep": [1, {}]},
@@ -194,9 +208,19 @@ def test_what_changes_nothing_is_accepted() -> None:
             logprobs=False,
             top_logprobs=0,
             modalities=["text"],
+            audio=None,
+            tool_choice="auto",
+            grammar="",
+            json_schema=None,
+            prediction={"type": "content", "content": "x"},
+            verbosity="low",
+            user="u",
+            safety_identifier="s",
+            prompt_cache_key="k",
         )
     )
     assert not request.include_usage
+    assert (constraint_of(request), tooling_of(request), top_logprobs_of(request)) == (None, Tooling(), None)
     tools = [{"type": "function", "function": {"name": "f"}}]
     assert parse_chat_request(chat(tools=tools, tool_choice="none")).model == "m"
     assert parse_chat_request(chat(stream=True, stream_options={"include_usage": True})).include_usage
@@ -247,7 +271,48 @@ def test_what_changes_nothing_is_accepted() -> None:
         ({"stream": "yes"}, "stream", "`stream` must be true or false or null, not a string."),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", None),
         ({"ignore_eos": 1}, "ignore_eos", None),
+        ({"stream_options": {}}, "stream_options", "`stream_options` is only allowed where `stream` is true."),
         ({"chat_template_kwargs": {"a": [1]}}, "chat_template_kwargs", None),
+        ({"reasoning_effort": "huge"}, "reasoning_effort", None),
+        ({"logprobs": 3}, "logprobs", "`logprobs` must be true or false or null, not an integer."),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "`top_logprobs` must be at most 20."),
+        ({"top_logprobs": 2}, "top_logprobs", "`top_logprobs` needs `logprobs` to be true."),
+        ({"response_format": {"type": "xml"}}, "response_format.type", None),
+        ({"response_format": {}}, "response_format.type", "`response_format.type` is missing."),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", None),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": "s"}}},
+            "response_format.json_schema.schema",
+            None,
+        ),
+        ({"json_schema": "{}"}, "json_schema", None),
+        ({"grammar": {}}, "grammar", None),
+        ({"response_format": {"type": "json_object"}, "grammar": "root ::= [0-9]"}, "grammar", None),
+        ({"response_format": {"type": "json_object"}, "json_schema": True}, "json_schema", None),
+        ({"tools": TOOLS, "grammar": "root ::= [0-9]"}, "grammar", None),
+        (
+            {"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "response_format",
+            None,
+        ),
+        ({"tools": [{"type": "custom", "custom": {"name": "c"}}]}, "tools[0].type", None),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", None),
+        ({"tools": [*TOOLS, TOOLS[0]]}, "tools", "`tools` has two functions of the name 'weather'."),
+        ({"tools": TOOLS, "functions": [CLOCK]}, "functions", None),
+        ({"tool_choice": "required"}, "tool_choice", "`tool_choice` asks for a call, but there are no `tools`."),
+        ({"tools": [], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", None),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice",
+            "`tool_choice` names the function 'f', which is not among the `tools`.",
+        ),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice", None),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "c"}}}, "tool_choice.type", None),
+        ({"functions": [CLOCK], "function_call": {"name": "f"}}, "function_call", None),
+        ({"functions": [CLOCK, CLOCK]}, "functions", None),
+        ({"metadata": {"a": 1}}, "metadata", None),
+        ({"metadata": {str(key): "v" for key in range(17)}}, "metadata", None),
+        ({"verbosity": "mute"}, "verbosity", None),
     ],
 )
 def test_wrong_chats_are_a_400_that_names_the_field(
@@ -285,6 +350,13 @@ def test_required_fields(name: str) -> None:
         ({"prompt": [1.5]}, "prompt[0]"),
         ({"prompt": ["a"] * 100, "n": 100}, "prompt"),
         ({"best_of": 200}, "best_of"),
+        ({"best_of": 2}, "best_of"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"echo": "yes"}, "echo"),
+        ({"suffix": "end", "prompt": [1, 2]}, "suffix"),
+        ({"grammar": "root ::= [0-9]", "json_schema": {}}, "grammar"),
     ],
 )
 def test_wrong_completions_are_a_400_that_names_the_field(fields: dict[str, object], param: str) -> None:
@@ -297,13 +369,6 @@ def test_wrong_completions_are_a_400_that_names_the_field(fields: dict[str, obje
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"functions": [{"name": "f"}]}, "functions"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logprobs": True}, "logprobs"),
-        ({"top_logprobs": 3}, "top_logprobs"),
-        ({"grammar": "root ::= [0-9]"}, "grammar"),
-        ({"json_schema": {"type": "object"}}, "json_schema"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
         ({"web_search_options": {}}, "web_search_options"),
@@ -314,19 +379,141 @@ def test_wrong_completions_are_a_400_that_names_the_field(fields: dict[str, obje
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
     ],
 )
-def test_what_cannot_be_served_yet_is_refused_not_ignored(fields: dict[str, object], param: str) -> None:
+def test_what_cannot_be_served_is_refused_not_ignored(fields: dict[str, object], param: str) -> None:
     """Where ignoring a field would give a wrong answer there is a 400 with its own code."""
     with pytest.raises(UnsupportedParameter) as caught:
         parse_chat_request(chat(**fields))
     assert (caught.value.param, caught.value.code) == (param, "unsupported_parameter")
 
 
-@pytest.mark.parametrize("fields", [{"echo": True}, {"suffix": "end"}, {"logprobs": 0}, {"best_of": 2}])
-def test_completions_that_cannot_be_served_yet(fields: dict[str, object]) -> None:
-    """The same holds for the older path."""
-    with pytest.raises(UnsupportedParameter) as caught:
-        parse_completion_request(completion(**fields))
-    assert [caught.value.param] == list(fields)
+SCHEMA: dict[str, object] = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, JsonConstraint(schema={"type": "object"})),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, JsonConstraint(schema=SCHEMA)),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA, "strict": True}}},
+            JsonConstraint(schema=SCHEMA),
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "description": "d"}}},
+            JsonConstraint(schema={"type": "object"}),
+        ),
+        ({"json_schema": {}}, JsonConstraint(schema={})),
+        ({"json_schema": True}, JsonConstraint(schema=True)),
+        ({"grammar": "root ::= [0-9]"}, GbnfConstraint(grammar="root ::= [0-9]")),
+    ],
+)
+def test_what_the_answer_is_held_to(fields: dict[str, object], expected: Constraint | None) -> None:
+    """OpenAI's formats and llama-server's become one constraint, on both paths."""
+    assert constraint_of(parse_chat_request(chat(**fields))) == expected
+    assert constraint_of(parse_completion_request(completion(**fields))) == expected
+
+
+def test_a_format_and_tools_that_may_be_called_go_together() -> None:
+    """The answer is JSON or a call; with tools that must not be called a grammar goes too."""
+    schema = {"type": "json_object"}
+    request = parse_chat_request(chat(tools=TOOLS, response_format=schema))
+    assert (constraint_of(request), tooling_of(request).choice) == (JsonConstraint(schema={"type": "object"}), "auto")
+    request = parse_chat_request(chat(tools=TOOLS, tool_choice="none", grammar="root ::= [0-9]"))
+    assert constraint_of(request) == GbnfConstraint(grammar="root ::= [0-9]")
+
+
+BOTH = [ToolDefinition(function=msgspec.convert(each, FunctionDefinition)) for each in (WEATHER, CLOCK)]
+NAMED = {"type": "function", "function": {"name": "clock"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, Tooling(tools=BOTH)),
+        ({"tool_choice": "none"}, Tooling(tools=BOTH, choice="none")),
+        ({"tool_choice": "required"}, Tooling(tools=BOTH, choice="required")),
+        ({"tool_choice": NAMED}, Tooling(tools=BOTH, choice="required", function="clock")),
+        ({"parallel_tool_calls": False}, Tooling(tools=BOTH, parallel=False)),
+        (
+            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}},
+            Tooling(tools=BOTH[1:], choice="required"),
+        ),
+        ({"tools": None, "functions": [WEATHER, CLOCK]}, Tooling(tools=BOTH, parallel=False)),
+        (
+            {"tools": None, "functions": [WEATHER, CLOCK], "function_call": {"name": "clock"}},
+            Tooling(tools=BOTH, choice="required", function="clock", parallel=False),
+        ),
+    ],
+)
+def test_tools(fields: dict[str, object], expected: Tooling) -> None:
+    """Every spelling of a choice, and the older functions, become one `Tooling`."""
+    request = parse_chat_request(chat(**{"tools": TOOLS, **fields}))
+    assert tooling_of(request) == expected
+    assert request.legacy_functions == ("functions" in fields)
+
+
+def test_a_request_that_was_built_is_checked_like_one_that_was_parsed() -> None:
+    """The other APIs make a `ChatRequest` of their own; what its tools lack is said in the same words."""
+    allowed = AllowedTools(mode="auto", tools=[NamedToolChoice(function=FunctionName(name="x"))])
+    request = ChatRequest(
+        model="m",
+        messages=[ChatMessage(role="user", content="hi")],
+        tools=BOTH,
+        tool_choice=AllowedToolsChoice(allowed_tools=allowed),
+    )
+    with pytest.raises(BadRequest, match="'x'"):
+        tooling_of(request)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {}),
+        ({"reasoning_effort": "none"}, {"reasoning_effort": "none", "enable_thinking": False, "thinking": False}),
+        ({"reasoning_effort": "low"}, {"reasoning_effort": "low", "enable_thinking": True, "thinking": True}),
+        (
+            {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": False, "a": 1}},
+            {"reasoning_effort": "high", "enable_thinking": False, "thinking": True, "a": 1},
+        ),
+    ],
+)
+def test_what_a_template_is_told(fields: dict[str, object], expected: dict[str, object]) -> None:
+    """The effort under each name that templates know it by; what is said to the template itself wins."""
+    assert template_kwargs_of(parse_chat_request(chat(**fields))) == expected
+
+
+def test_which_logprobs_are_wanted() -> None:
+    """A chat says whether and how many, a completion how many."""
+    assert top_logprobs_of(parse_chat_request(chat(logprobs=True))) == 0
+    assert top_logprobs_of(parse_chat_request(chat(logprobs=True, top_logprobs=20))) == 20
+    assert top_logprobs_of(parse_chat_request(chat(logprobs=False))) is None
+    assert top_logprobs_of(parse_completion_request(completion(logprobs=0))) == 0
+    assert top_logprobs_of(parse_completion_request(completion())) is None
+
+
+def test_an_echo_alone() -> None:
+    """With `echo` no new token need be wanted."""
+    assert sampling_of(parse_completion_request(completion(echo=True, max_tokens=0))).max_tokens == 0
+
+
+def test_the_history_of_models_that_think_refuse_and_call_functions() -> None:
+    """Reasoning is kept, a refusal is text, a `function_call` is a tool call."""
+    call = {"name": "f", "arguments": "{}"}
+    messages = [
+        {"role": "assistant", "content": "A", "reasoning_content": "R"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        {"role": "assistant", "content": None, "function_call": call},
+        {"role": "function", "name": "f", "content": "1"},
+    ]
+    parsed = parse_chat_request(chat(messages=messages)).messages
+    assert parsed[0].reasoning_content == "R"
+    assert parsed[1].content == "No."
+    assert (parsed[2].function_call, msgspec.to_builtins(parsed[2].tool_calls)) == (
+        None,
+        [{"id": "", "type": "function", "function": call}],
+    )
 
 
 @pytest.mark.parametrize(
@@ -377,6 +564,7 @@ def test_any_value_in_any_field_is_taken_or_refused(fields: dict[str, object]) -
         else:
             sampling_of(request)
             stop_words_of(request)
+            constraint_of(request)
             faults = ["model"]
         assert faults[0] in {*CHAT, *COMPLETION, *fields}
 
@@ -391,57 +579,29 @@ def test_any_bytes_are_taken_or_refused(body: bytes) -> None:
 # -- Answers, against the openai package's own types and OpenAI's published document --
 
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
-LOGPROBS = ChatLogprobs(
-    content=[
-        ChatTokenLogprob(
-            token="hi",  # noqa: S106  # a word, not a password
-            logprob=-0.5,
-            bytes=[104, 105],
-            top_logprobs=[TopLogprob(token="hi", logprob=-0.5, bytes=[104, 105])],  # noqa: S106  # the same
-        )
-    ]
-)
-OLD_LOGPROBS = CompletionLogprobs(tokens=["hi"], token_logprobs=[-0.5], top_logprobs=[{"hi": -0.5}], text_offset=[0])
+HI = TokenLogprob(b"hi", -0.5, [(b"hi", -0.5), (b"\xf0\x9f", -1.5)])
+NEVER = TokenLogprob(b"!", float("-inf"), [(b"?", float("-inf"))])
+CALL = CallDelta(0, '{"a": 1}', "call_1", "f")
 
 
-def check_type(kind: type[ModelT], encoded: bytes, *, extension: str | None = None) -> ModelT:
-    """Return what openai's own type makes of an answer, strictly, and without a field that the type does not know."""
-    answer = kind.model_validate_json(encoded, strict=True)
-    todo: list[object] = [answer]
-    while todo:
-        match todo.pop():
-            case BaseModel() as model:
-                assert set(model.model_extra or {}) <= {extension}
-                todo += [value for _, value in model]
-            case list() as items:
-                todo += items
-    return answer
-
-
-def chat_answer(logprobs: ChatLogprobs | None = None) -> ChatCompletion:
-    """Return an answer of a chat with two choices."""
+def chat_answer(*answers: Answer, legacy_functions: bool = False) -> ChatCompletion:
+    """Return an answer of a chat."""
     return ChatCompletion(
         id="chatcmpl-1",
         created=1700000000,
         model="m",
         choices=[
-            ChatChoice(index=0, message=AssistantMessage(content="hi"), logprobs=logprobs, finish_reason="stop"),
-            ChatChoice(index=1, message=AssistantMessage(content="hö"), finish_reason="length"),
+            chat_choice_of(index, answer, legacy_functions=legacy_functions) for index, answer in enumerate(answers)
         ],
         usage=USAGE,
+        system_fingerprint="fp_1",
     )
 
 
-def completion_answer(logprobs: CompletionLogprobs | None = None) -> Completion:
+def completion_answer(answer: Answer) -> Completion:
     """Return an answer of a completion."""
-    return Completion(
-        id="cmpl-1",
-        created=1700000000,
-        model="m",
-        choices=[CompletionChoice(index=0, text="hi", logprobs=logprobs, finish_reason="stop")],
-        usage=USAGE,
-    )
+    choices = [completion_choice_of(0, answer)]
+    return Completion(id="cmpl-1", created=1700000000, model="m", choices=choices, usage=USAGE)
 
 
 CARD = ModelCard(
@@ -452,15 +612,18 @@ CARD = ModelCard(
 
 
 def test_answers_have_openais_types() -> None:
-    """Every answer passes the openai package's types in strict mode and has no field beside theirs."""
-    answer = check_type(OpenAIChatCompletion, render_json(chat_answer(LOGPROBS)))
+    """Every answer passes OpenAI's types in strict mode and has no field beside theirs."""
+    scored = Answer(text="hi!", logprobs=[HI, NEVER], text_offsets=[0, 2])
+    answer = check_answer("ChatCompletion", render_json(chat_answer(scored, Answer(text="hö", finish="length"))))
     assert answer.choices[1].message.content == "hö"
-    assert answer.usage is not None
-    assert answer.usage.prompt_tokens_details is not None
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "length"]
     assert (answer.usage.total_tokens, answer.usage.prompt_tokens_details.cached_tokens) == (15, 8)
-    assert check_type(OpenAICompletion, render_json(completion_answer(OLD_LOGPROBS))).choices[0].text == "hi"
-    card = check_type(OpenAIModel, render_json(CARD), extension="localaid")
-    assert json.loads(render_json(ModelList(data=[CARD])))["data"] == [json.loads(render_json(CARD))]
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 1
+    assert answer.choices[0].logprobs.content[0].top_logprobs[1].bytes == [0xF0, 0x9F]
+    assert answer.choices[0].logprobs.content[1].logprob == -9999.0
+    assert check_answer("Completion", render_json(completion_answer(scored))).choices[0].text == "hi!"
+    check_answer("ModelList", render_json(ModelList(data=[CARD])))
+    card = check_answer("Model", render_json(CARD))
     assert card.to_dict()["localaid"] == {
         "file": "m.gguf",
         "sha256": "ab" * 32,
@@ -470,10 +633,101 @@ def test_answers_have_openais_types() -> None:
     }
 
 
-def renderer(kind: Literal["chat", "completion"] = "chat", *, include_usage: bool = True) -> ChunkRenderer:
+def test_an_answer_of_calls_has_no_content_and_one_of_nothing_has_an_empty_one() -> None:
+    """Calls come in pieces and are told whole; beside text they do not replace it; the older word has one only."""
+    answer = Answer(finish="tool_calls", reasoning="hm")
+    answer.add_calls([CallDelta(0, "", "call_1", "f"), CallDelta(0, '{"a"'), CallDelta(1, "{}", "call_2", "g")])
+    answer.add_calls([CallDelta(0, ": 1}")])
+    told = check_answer("ChatCompletion", render_json(chat_answer(answer, Answer(), Answer(text="t")))).choices
+    assert [choice.message.content for choice in told] == [None, "", "t"]
+    assert [(call.id, call.function.name, call.function.arguments) for call in told[0].message.tool_calls] == [
+        ("call_1", "f", '{"a": 1}'),
+        ("call_2", "g", "{}"),
+    ]
+    assert told[0].message.model_extra == {"reasoning_content": "hm"}
+    assert told[0].finish_reason == "tool_calls"
+    old = check_answer("ChatCompletion", render_json(chat_answer(answer, legacy_functions=True))).choices[0]
+    assert (old.message.tool_calls, old.finish_reason) == (None, "function_call")
+    assert (old.message.function_call.name, old.message.function_call.arguments) == ("f", '{"a": 1}')
+
+
+def test_the_older_shape_of_logprobs() -> None:
+    """The chosen token is among the likeliest; nothing led to an echo's first token; torn bytes stay apart."""
+    chosen = TokenLogprob(b"\xf0\x9f", -2.0, [(b"hi", -0.5)])
+    old = completion_logprobs_of([TokenLogprob(b"Once", None), chosen], [0, 4])
+    assert old.tokens == ["Once", "\\xf0\\x9f"]
+    assert old.token_logprobs == [None, -2.0]
+    assert old.top_logprobs == [None, {"hi": -0.5, "\\xf0\\x9f": -2.0}]
+    echo = Answer(text="Once?", logprobs=[TokenLogprob(b"Once", None), chosen], text_offsets=[0, 4])
+    check_answer("Completion", render_json(completion_answer(echo)))
+
+
+def deltas_of(pieces: list[bytes], stop: list[str]) -> list[tuple[str, list[TokenLogprob]]]:
+    """Return the text and tokens of each delta as a worker makes them, up to a stop word or the end."""
+    stream, deltas, waiting = TextStream(stop), [], []
+    for place, piece in enumerate(pieces):
+        waiting.append(TokenLogprob(piece, -float(place)))
+        text, stopped = stream.push(piece)
+        if place == len(pieces) - 1 and not stopped:
+            text += stream.finish()
+        if text or stopped:
+            deltas.append((text, waiting))
+            waiting = []
+        if stopped:
+            break
+    return deltas
+
+
+@given(st.lists(st.text("abcé🍵", min_size=1, max_size=3).map(str.encode), max_size=12), st.text("abcé", max_size=4))
+def test_tokens_belong_to_the_text_that_was_delivered(words: list[bytes], stop: str) -> None:
+    """However a stop word cuts the text: exactly the tokens that begin before its end, each at its offset."""
+    deltas = deltas_of(words, [stop] if stop else [])
+    stream, found = LogprobStream(), []
+    for text, waiting in deltas:
+        found += list(zip(*stream.push(text, waiting), strict=True))
+    length = sum(len(text) for text, _ in deltas)
+    offsets = [len(b"".join(words[:place]).decode()) for place in range(len(words))]
+    expected = [(TokenLogprob(word, -float(place)), offsets[place]) for place, word in enumerate(words)]
+    assert found == [(token, offset) for token, offset in expected if offset < length]
+
+
+@given(st.text("aé🍵", max_size=8), st.data())
+def test_torn_characters_keep_their_tokens(text: str, data: st.DataObject) -> None:
+    """Every token of a text is told, also where it is a third of a character; offsets never fall back."""
+    raw = text.encode()
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(raw) - 1)))))
+    pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)], strict=True) if raw[a:b]]
+    stream, tokens, offsets = LogprobStream(), list[bytes](), list[int]()
+    for part, waiting in deltas_of(pieces, []):
+        told, where = stream.push(part, waiting)
+        tokens += [each.token for each in told]
+        offsets += where
+    assert tokens == pieces
+    assert offsets == sorted(offsets)
+
+
+def test_tokens_of_what_no_client_sees_are_left_out() -> None:
+    """The space that a template strips, the marks around reasoning, and a call's tokens."""
+    stream = LogprobStream()
+    assert stream.push("Hi", [TokenLogprob(b"  Hi", -1.0)]) == ([TokenLogprob(b"  Hi", -1.0)], [0])
+    assert stream.push("", [TokenLogprob(b"<tool_call>", -1.0)]) == ([], [])
+    marked = [TokenLogprob(b"</think>", -1.0), TokenLogprob(b"\n\n", -1.0), TokenLogprob(b"So", -2.0)]
+    assert LogprobStream().push("So", marked) == (marked[2:], [0])
+    bad = [TokenLogprob(b"\xff", -1.0)]
+    assert LogprobStream().push("\ufffd?", bad) == (bad, [0])
+
+
+def renderer(
+    kind: Literal["chat", "completion"] = "chat", *, include_usage: bool = True, legacy_functions: bool = False
+) -> ChunkRenderer:
     """Return the renderer of a stream whose model's name needs escapes."""
     return ChunkRenderer(
-        kind=kind, request_id="chatcmpl-1", created=1700000000, model='a "\0"\u2028', include_usage=include_usage
+        kind=kind,
+        request_id="chatcmpl-1",
+        created=1700000000,
+        model='a "\0"\u2028',
+        include_usage=include_usage,
+        legacy_functions=legacy_functions,
     )
 
 
@@ -494,7 +748,7 @@ def whole_stream(kind: Literal["chat", "completion"]) -> list[dict[str, Any]]:
 def test_a_chats_stream_has_openais_types() -> None:
     """The first chunk of an answer has the role, the last one the reason, and the stream's last one the usage."""
     stream = whole_stream("chat")
-    chunks = [check_type(OpenAIChatChunk, json.dumps(event).encode()) for event in stream]
+    chunks = [check_answer("ChatCompletionChunk", event) for event in stream]
     assert [event["choices"][0]["delta"] for event in stream[:-1]] == [
         {"role": "assistant", "content": ""},
         {"content": "Hi"},
@@ -517,9 +771,54 @@ def test_a_completions_stream_has_openais_types() -> None:
     assert [event["choices"][0]["finish_reason"] for event in stream[:-1]] == [None, None, "length", "stop"]
     assert [event["choices"][0]["text"] for event in stream[:-1]] == ["Hi", "\n\nHö", "", ""]
     for event in stream:
-        for choice in event["choices"]:
-            choice["finish_reason"] = choice["finish_reason"] or "stop"
-        check_type(OpenAICompletion, json.dumps(event).encode())
+        check_answer("CompletionChunk", event)
+
+
+def test_a_chunk_of_reasoning_calls_and_logprobs() -> None:
+    """Each has its own event; a call's first one has id, type and name, the others its arguments only."""
+    chunks = renderer()
+    stream = events(
+        chunks.render_reasoning(0, "hm")
+        + chunks.render_scored(0, "", [NEVER])
+        + chunks.render_scored(0, "hi", [HI])
+        + chunks.render_calls(0, [CallDelta(0, "", "call_1", "f"), CallDelta(1, "{}", "call_2", "g")])
+        + chunks.render_calls(0, [CallDelta(0, '{"a": 1}')])
+        + chunks.render_finish(0, "tool_calls")
+    )
+    for event in stream:
+        check_answer("ChatCompletionChunk", event)
+    choices = [event["choices"][0] for event in stream]
+    assert [choice["delta"] for choice in choices] == [
+        {"reasoning_content": "hm"},
+        {"content": "hi"},
+        {
+            "tool_calls": [
+                {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": ""}},
+                {"index": 1, "id": "call_2", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+            ]
+        },
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"a": 1}'}}]},
+        {},
+    ]
+    assert choices[1]["logprobs"] == json.loads(msgspec.json.encode(chat_logprobs_of([HI])))
+    assert [choice["logprobs"] for choice in choices if choice is not choices[1]] == [None] * 4
+    assert choices[-1]["finish_reason"] == "tool_calls"
+
+
+def test_a_stream_in_the_older_words() -> None:
+    """`functions` get a `function_call`, completions parallel lists whose offsets count from the answer's start."""
+    chunks = renderer(legacy_functions=True)
+    stream = events(chunks.render_calls(0, [CALL, CallDelta(1, "{}")]) + chunks.render_finish(0, "tool_calls"))
+    assert [event["choices"][0]["delta"] for event in stream] == [
+        {"function_call": {"name": "f", "arguments": '{"a": 1}'}},
+        {},
+    ]
+    assert stream[-1]["choices"][0]["finish_reason"] == "function_call"
+    chunks = renderer("completion")
+    stream += events(chunks.render_scored(0, "hi", [HI]) + chunks.render_scored(0, "hi", [HI]))
+    assert [event["choices"][0]["logprobs"]["text_offset"] for event in stream[2:]] == [[0], [2]]
+    for event in stream:
+        check_answer("CompletionChunk" if event["object"] == "text_completion" else "ChatCompletionChunk", event)
 
 
 def test_usage_is_left_out_where_it_was_not_asked_for() -> None:
@@ -544,6 +843,9 @@ def test_a_rendered_delta_is_its_structs_encoding(text: str, index: int, include
     )
     for _ in range(2):  # cut open, then kept
         assert chunks.render_delta(index, text) == render_sse(struct)
+    struct.choices[0].delta = ChatDelta(reasoning_content=text)
+    for _ in range(2):
+        assert chunks.render_reasoning(index, text) == render_sse(struct)
     old = Completion(
         id="chatcmpl-1",
         created=1700000000,
@@ -592,72 +894,26 @@ def test_errors_are_plain_fields() -> None:
     assert (str(again), again.param, again.code) == (str(error), "tools", "unsupported_parameter")
 
 
-# -- OpenAI's published document --
-
-
-Schema = dict[str, Any]
-KINDS: dict[str, type | tuple[type, ...]] = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "integer": int,
-    "number": (int, float),
-    "boolean": bool,
-    "null": type(None),
-}
-
-
-def violations(schema: Schema, value: object, schemas: Schema, at: str = "$") -> list[str]:
-    """Return where `value` departs from a schema of OpenAI's document (types, enums, required, unions, items)."""
-    if value is None and schema.get("nullable"):
-        return []
-    if "$ref" in schema:
-        return violations(schemas[schema["$ref"].rpartition("/")[2]], value, schemas, at)
-    if "type" in schema and not isinstance(value, KINDS[schema["type"]]):
-        return [f"{at}: is no {schema['type']}"]
-    found = [each for part in schema.get("allOf", ()) for each in violations(part, value, schemas, at)]
-    unions = [schema[union] for union in ("anyOf", "oneOf") if union in schema]
-    if any(all(violations(part, value, schemas, at) for part in union) for union in unions):
-        found.append(f"{at}: fits nothing of a union")
-    if "enum" in schema and value not in schema["enum"]:
-        found.append(f"{at}: {value!r} is none of {schema['enum']}")
-    return found + violations_inside(schema, value, schemas, at)
-
-
-def violations_inside(schema: Schema, value: object, schemas: Schema, at: str) -> list[str]:
-    """Return the same of what an object or list holds; an object may not have more than its schema knows."""
-    found: list[str] = []
-    if isinstance(value, dict):
-        properties = schema.get("properties", {})
-        found += [f"{at}: lacks {name}" for name in schema.get("required", ()) if name not in value]
-        found += [f"{at}: {name} is unknown" for name in value if properties and name not in properties]
-        found += [
-            each
-            for name in value
-            for each in violations(properties.get(name, {}), value[name], schemas, f"{at}.{name}")
-        ]
-    elif isinstance(value, list):
-        items = schema.get("items", {})
-        for place, item in enumerate(value):
-            found += violations(items, item, schemas, f"{at}[{place}]")
-    return found
+@pytest.mark.parametrize(
+    ("type_name", "wrong"),
+    [
+        ("ModelList", {"object": "list", "data": [{"id": 5, "object": "model", "created": 1, "owned_by": "x"}]}),
+        ("Model", {"id": "m", "object": "modell", "created": 1, "owned_by": "x"}),
+        ("Model", {"id": "m", "object": "model", "created": 1}),
+        ("Model", {"id": "m", "object": "model", "created": 1, "owned_by": "x", "more": 1}),
+        ("ChatCompletion", {"id": "m"}),
+    ],
+)
+def test_the_check_of_shapes_finds_what_is_wrong(type_name: str, wrong: dict[str, Any]) -> None:
+    """A wrong type, a wrong word, a missing key, an unknown one."""
+    with pytest.raises((AssertionError, ValueError)):
+        check_answer(type_name, wrong)
 
 
 @pytest.mark.skipif(not OPENAPI.exists(), reason=f"OpenAI's document is not beside the checkout ({OPENAPI})")
-def test_answers_follow_openais_published_document() -> None:
-    """Every answer and event follows OpenAI's schemas, too, which say more than the package's types."""
+def test_errors_follow_openais_published_document() -> None:
+    """The envelope has OpenAI's keys, and each type that is checked has its schema in the document."""
     schemas = json.loads(OPENAPI.read_bytes())["components"]["schemas"]
-    card = json.loads(render_json(CARD))
-    del card["localaid"]  # our extension
-    answers = [
-        ("CreateChatCompletionResponse", json.loads(render_json(chat_answer()))),
-        ("CreateChatCompletionResponse", json.loads(render_json(chat_answer(LOGPROBS)))),
-        ("CreateCompletionResponse", json.loads(render_json(completion_answer(OLD_LOGPROBS)))),
-        ("ListModelsResponse", {"object": "list", "data": [card]}),
-        ("ErrorResponse", json.loads(render_error(BadRequest(param=None, problem="is empty")))),
-        *(("CreateChatCompletionStreamResponse", event) for event in whole_stream("chat")),
-    ]
-    assert [(name, violations({"$ref": name}, answer, schemas)) for name, answer in answers] == [
-        (name, []) for name, _ in answers
-    ]
-    assert violations({"$ref": "Model"}, {"id": 5, "object": "modell", "created": 1}, schemas) != []
+    assert {schema for _, schema in TYPES.values()} <= set(schemas)
+    error = json.loads(render_error(BadRequest(param=None, problem="is empty")))
+    assert set(error["error"]) == set(schemas["Error"]["required"])

@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 import localaid
 from localaid import (
     CHAT,
+    CHAT_PATHS,
     COMPLETIONS,
     EMBEDDINGS,
+    MESSAGES,
+    RESPONSES,
     ConfigErrors,
     Layer,
     LoadOptions,
@@ -92,7 +95,7 @@ def test_one_config() -> None:
     (rule,) = parse_file("one_config.yaml")
     assert rule.name == "generic_chat"
     assert rule.shas == (f"sha256:{SHA256}", f"sha1:{SHA1}", f"sha256:{'8' * 64}", "path:sub/folder/file.gguf", "*")
-    assert rule.paths == (CHAT, COMPLETIONS)
+    assert rule.paths == (CHAT, RESPONSES, MESSAGES, COMPLETIONS)
     assert rule.description == "Talks like the manual does"
     assert rule.backend == "llama.cpp"
     assert rule.sampling == Sampling(temperature=0.7, top_p=0.9, logit_bias={15: -100.0, 16: 2.5})
@@ -103,6 +106,8 @@ def test_one_config() -> None:
         chat_system="<|SYSTEM|>",
         chat_user="<|USER|>",
         chat_assistant="<|ASSISTANT|>",
+        tool_format="hermes",
+        reasoning_format="none",
     )
     loras = (Lora(sha=f"sha256:{SHA256}"), Lora(sha=f"sha1:{SHA1}", scale=0.5))
     assert rule.load == LoadOptions(ctx_size=4096, flash_attn=True, cache_type_k="q8_0", lora=loras)
@@ -208,7 +213,16 @@ def test_other_paths() -> None:
     """The same for the other paths."""
     assert parse_api_path("v1/completion") == parse_api_path("/v1/completions") == COMPLETIONS
     assert parse_api_path("v1/embedding") == parse_api_path("embeddings") == EMBEDDINGS
-    assert parse("{shas: '*', paths: [v1/chat, chat, v1/embeddings]}")[0].paths == (CHAT, EMBEDDINGS)
+    assert parse("{shas: '*', paths: [v1/embedding, embeddings]}")[0].paths == (EMBEDDINGS,)
+
+
+def test_a_chat_is_a_chat_in_all_its_spellings() -> None:
+    """A rule for v1/chat is for responses and messages, too; one for these alone is for no other."""
+    assert parse("{shas: '*', paths: [v1/chat, chat, v1/embeddings]}")[0].paths == (*CHAT_PATHS, EMBEDDINGS)
+    assert parse("{shas: '*', paths: [v1/messages, chat]}")[0].paths == (MESSAGES, CHAT, RESPONSES)
+    assert parse("{shas: '*', paths: v1/messages}")[0].paths == (MESSAGES,)
+    assert parse("{shas: '*', paths: [v1/responses]}")[0].paths == (RESPONSES,)
+    assert parse("{shas: '*'}")[0].paths is None
 
 
 def test_sha_spellings() -> None:
@@ -492,6 +506,11 @@ def test_settings_by_default() -> None:
         ("load: {ctx: 1}", "s.yaml: load.ctx: unknown key, line 1 (did you mean n_ctx?)"),
         ("temperature: 1", "s.yaml: temperature: unknown key, line 1"),
         ("- a", "s.yaml: 0: expected keys and values, got a, line 1"),
+        ("api_keyz: []", "s.yaml: api_keyz: unknown key, line 1 (did you mean api_keys?)"),
+        ("metrics: no", "s.yaml: metrics: expected one of key, open, off, got no, line 1"),
+        ("body_timeout: 0", "s.yaml: body_timeout: expected a duration of more than 0, line 1"),
+        ("cors_origins: [a.example]", "s.yaml: cors_origins.0: expected an origin such as https://"),
+        ("allow_without_keys: maybe", "s.yaml: allow_without_keys: expected true or false, got maybe, line 1"),
         ("log_level: inof", "s.yaml: log_level: expected one of debug, info, warning, error, got inof, line 1"),
     ],
 )

@@ -306,3 +306,9 @@ def test_a_file_that_is_no_model_is_refused_in_words(tmp_path: Path) -> None:
     with pytest.raises(EngineFailed) as caught:
         start_engine(file)
     assert str(file) in str(caught.value)
+
+
+def test_marks_that_are_control_tokens(smol: Engine) -> None:
+    """Only what is one token, and shows no text of its own."""
+    found = smol.find_controls(["<|im_start|>", "<tool_call>", "hello", "[TOOL_CALLS]", "<|im_start|>user"])
+    assert found == {"<|im_start|>": 1}

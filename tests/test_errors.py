@@ -11,26 +11,43 @@ from localaid import (
     AdapterMissing,
     BadRequest,
     BodyTooLarge,
+    BodyTooSlow,
     BrokenFrame,
     CannotListen,
     ContextLengthExceeded,
     DaemonUnreachable,
     DemoModelMissing,
+    EncodingUnsupported,
     EngineFailed,
+    GrammarInvalid,
+    InfillUnsupported,
+    InputTooLong,
     InternalFault,
+    KeyConfined,
+    KeyNotTaken,
+    KeyRefused,
     LocalaidError,
     MethodNotAllowed,
     ModelFailed,
     ModelTooLarge,
+    OpenWithoutKeys,
+    PreviousResponseNotFound,
     PromptEmpty,
     QueueFull,
+    ResponseNotFound,
     RouteNotFound,
+    SchemaUnsupported,
     ShuttingDown,
     StillHashing,
     TokenUnknown,
     WorkerDied,
     error_from_wire,
     error_to_wire,
+)
+
+NOT_KEPT = (
+    "Response 'resp_1' is not kept here: it was not stored, was deleted, has been unused for too long, "
+    "is another client's, or localaid was restarted; send its items as `input`."
 )
 
 
@@ -53,12 +70,39 @@ def all_errors() -> list[type[LocalaidError]]:
             "context_length_exceeded",
             "This model's context is 8192 tokens, but the prompt has 9000; shorten it, or raise ctx_size in the rule.",
         ),
+        (
+            InputTooLong(param="input", place=3, tokens=700, ctx_size=512),
+            400,
+            "context_length_exceeded",
+            "This model takes 512 tokens at once, but item 3 of `input` has 700; cut it into parts.",
+        ),
         (PromptEmpty(), 400, "prompt_empty", "The prompt has no tokens; send at least one character."),
         (
             TokenUnknown(token=70000, vocab_tokens=49152),
             400,
             "token_unknown",
             "Token 70000 is not one of this model's 49152 tokens; send ids from 0 up.",
+        ),
+        (
+            SchemaUnsupported(where="properties.a", problem="uses `not`, which no grammar can enforce"),
+            400,
+            "unsupported_schema",
+            "The JSON schema in `response_format` at properties.a uses `not`, which no grammar can enforce.",
+        ),
+        (
+            GrammarInvalid(problem="expected ::= behind the name of a rule", line=2),
+            400,
+            "invalid_grammar",
+            "`grammar`, line 2: expected ::= behind the name of a rule.",
+        ),
+        (
+            InfillUnsupported(),
+            400,
+            "infill_unsupported",
+            (
+                "This model has no tokens for filling in the middle of a text; leave `suffix` out, or ask a model that "
+                "was trained for it."
+            ),
         ),
         (BadRequest(param="n", problem="must be at least 1"), 400, "invalid_value", "`n` must be at least 1."),
         (
@@ -72,6 +116,18 @@ def all_errors() -> list[type[LocalaidError]]:
             429,
             "rate_limit_exceeded",
             "64 requests already wait for a.gguf; ask again in 3 s, or raise `queue_size` in the settings.",
+        ),
+        (
+            ResponseNotFound(response_id="resp_1"),
+            404,
+            "response_not_found",
+            NOT_KEPT,
+        ),
+        (
+            PreviousResponseNotFound(response_id="resp_1"),
+            404,
+            "previous_response_not_found",
+            NOT_KEPT,
         ),
         (
             RouteNotFound("GET", "/v2"),
@@ -89,7 +145,61 @@ def all_errors() -> list[type[LocalaidError]]:
             BodyTooLarge(limit_bytes=10),
             413,
             "request_too_large",
-            "The request body is larger than 10 bytes; send a smaller one.",
+            (
+                "The request body, unpacked, is larger than 10 bytes; send a smaller one, or raise `body_limit` in the "
+                "settings."
+            ),
+        ),
+        (
+            BodyTooSlow(limit_s=120.0),
+            408,
+            "request_timeout",
+            "The request body was not complete after 120 s; send it faster, or raise `body_timeout` in the settings.",
+        ),
+        (
+            EncodingUnsupported(encoding="br"),
+            415,
+            "unsupported_encoding",
+            "Content-Encoding 'br' is not taken; send the body plain, as gzip or as deflate.",
+        ),
+        (
+            KeyRefused(is_missing=True),
+            401,
+            "invalid_api_key",
+            "No API key was sent; send one as `Authorization: Bearer KEY`, or in header x-api-key or api-key.",
+        ),
+        (
+            KeyRefused(is_missing=False),
+            401,
+            "invalid_api_key",
+            "The API key that was sent is not known here; check it against `api_keys` in the settings of localaid.",
+        ),
+        (
+            KeyConfined(key="bob", path="/metrics"),
+            403,
+            "key_confined",
+            (
+                "The API key 'bob' is confined to some models, and /metrics tells of all; ask with a key that has "
+                "neither `model` nor `names`."
+            ),
+        ),
+        (
+            KeyNotTaken(listen="127.0.0.1:8080"),
+            500,
+            None,
+            (
+                "the daemon on 127.0.0.1:8080 wants an API key that is not confined to some models; give it as "
+                "$LOCALAID_API_KEY or with --api-key."
+            ),
+        ),
+        (
+            OpenWithoutKeys(where="0.0.0.0:80"),
+            500,
+            None,
+            (
+                "will not listen on 0.0.0.0:80, which others can reach, without API keys; give `api_keys` in the "
+                "settings (or the systemd credential api-keys), listen on 127.0.0.1, or set allow_without_keys: true."
+            ),
         ),
         (
             StillHashing(name="x", files=["a.gguf"]),

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Any, Literal, Self
 
 import aiohttp
 import msgspec
 import openai
+import pydantic
 import pytest
-from openai.types.chat import ChatCompletionMessageParam, ChatCompletionStreamOptionsParam
+from openai.types.chat import ChatCompletionMessageParam, ChatCompletionStreamOptionsParam, ChatCompletionToolParam
 
 import localaid
 from conftest import Daemon, StartDaemon
-from models import english
+from models import english, place_model, write_tiny_llama
+from openai_shapes import check_answer, check_events
 
 CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 NAME = "smollm2-135m-instruct"
 PATIENT_S = 60.0
 
@@ -218,19 +222,233 @@ def test_completions_take_every_spelling_of_a_prompt(client: openai.OpenAI) -> N
     assert tokens.usage.prompt_tokens == 3
 
 
+async def ask(http: aiohttp.ClientSession, path: str, **fields: object) -> dict[str, Any]:
+    """Return an answer that has OpenAI's shape."""
+    async with http.post(path, json={"model": NAME, "temperature": 0, **fields}) as answer:
+        assert answer.status == 200, await answer.text()
+        raw = await answer.read()
+    check_answer("ChatCompletion" if path == CHAT else "Completion", raw)
+    decoded: dict[str, Any] = json.loads(raw)
+    return decoded
+
+
+async def stream(http: aiohttp.ClientSession, path: str, **fields: object) -> list[dict[str, Any]]:
+    """Return the choices of a stream's events, all of which have OpenAI's shape."""
+    async with http.post(path, json={"model": NAME, "temperature": 0, "stream": True, **fields}) as answer:
+        assert answer.status == 200, await answer.text()
+        events = check_events("ChatCompletionChunk" if path == CHAT else "CompletionChunk", await answer.read())
+    return [choice for event in events for choice in event["choices"]]
+
+
+# -- log-probabilities --
+
+
+async def test_logprobs_of_a_chat(http: aiohttp.ClientSession) -> None:
+    """The tokens are the text, the likeliest come in order, a greedy answer takes the first; a stream says the same."""
+    fields = {"messages": user("Name a fruit."), "max_tokens": 8, "logprobs": True, "top_logprobs": 3}
+    whole = (await ask(http, CHAT, **fields))["choices"][0]
+    content = whole["logprobs"]["content"]
+    assert bytes(byte for token in content for byte in token["bytes"]).decode() == whole["message"]["content"]
+    assert content
+    for token in content:
+        top = token["top_logprobs"]
+        assert [each["logprob"] for each in top] == sorted((each["logprob"] for each in top), reverse=True)
+        assert (len(top), top[0]["token"], top[0]["logprob"]) == (3, token["token"], token["logprob"])
+        assert token["logprob"] <= 0
+    streamed = await stream(http, CHAT, **fields)
+    scored = [token for choice in streamed if choice["logprobs"] for token in choice["logprobs"]["content"]]
+    assert [token["bytes"] for token in scored] == [token["bytes"] for token in content]
+    assert [token["logprob"] for token in scored] == pytest.approx([token["logprob"] for token in content], abs=0.05)
+    plain = (await ask(http, CHAT, **{**fields, "logprobs": False, "top_logprobs": None}))["choices"][0]
+    assert plain["logprobs"] is None
+    chosen = (await ask(http, CHAT, **{**fields, "top_logprobs": None}))["choices"][0]["logprobs"]["content"]
+    assert all(token["top_logprobs"] == [] for token in chosen)
+
+
+async def test_tokens_of_a_stop_word_are_not_told(http: aiohttp.ClientSession) -> None:
+    """Whole or streamed, on both paths, the tokens end where the text does."""
+    fields = {"messages": user("Count from one to ten in words."), "max_tokens": 40, "logprobs": True}
+    text = (await ask(http, CHAT, **fields))["choices"][0]["message"]["content"]
+    stop = text[len(text) // 2 :][:9]
+    kept = text[: text.index(stop)]
+    whole = (await ask(http, CHAT, **fields, stop=stop))["choices"][0]
+    assert whole["message"]["content"] == kept
+    streamed = await stream(http, CHAT, **fields, stop=stop)
+    for choices in ([whole], streamed):
+        tokens = [token["bytes"] for each in choices if each["logprobs"] for token in each["logprobs"]["content"]]
+        told = bytes(byte for token in tokens for byte in token).decode()
+        assert told.startswith(kept)  # a token may reach into the stop word
+        assert len(told) - len(tokens[-1]) < len(kept)
+
+
+async def test_logprobs_of_a_completion(http: aiohttp.ClientSession) -> None:
+    """Parallel lists; each offset is where the token stands in the text, in a stream too; two answers do not mix."""
+    fields = {"prompt": ["Roses are red,", "One, two,"], "max_tokens": 8, "logprobs": 2}
+    whole = (await ask(http, COMPLETIONS, **fields))["choices"]
+    streamed = await stream(http, COMPLETIONS, **fields)
+    for index, choice in enumerate(whole):
+        scored = choice["logprobs"]
+        assert "".join(scored["tokens"]) == choice["text"]
+        for token, logprob, top, offset in zip(*(scored[key] for key in (
+            "tokens", "token_logprobs", "top_logprobs", "text_offset"
+        )), strict=True):  # fmt: skip
+            assert choice["text"][offset:].startswith(token)
+            assert top[token] == logprob == max(top.values())
+            assert len(top) == 2
+        parts = [each["logprobs"] for each in streamed if each["index"] == index and each["logprobs"]]
+        for key in ("tokens", "text_offset"):
+            assert [item for part in parts for item in part[key]] == scored[key]
+    none = (await ask(http, COMPLETIONS, prompt="Roses are red,", max_tokens=2, logprobs=0))["choices"][0]["logprobs"]
+    assert [list(top) for top in none["top_logprobs"]] == [[token] for token in none["tokens"]]
+
+
+# -- several answers, echoes, gaps --
+
+
+async def test_several_answers_in_one_stream(http: aiohttp.ClientSession) -> None:
+    """Each has its role first, its own text, and its reason last; whole, usage counts all."""
+    fields = {"messages": user("Invent a name."), "n": 3, "temperature": 1.2, "max_tokens": 9}
+    streamed = await stream(http, CHAT, **fields)
+    texts = set()
+    for index in range(3):
+        mine = [each for each in streamed if each["index"] == index]
+        assert [each["delta"].get("role") for each in mine] == ["assistant"] + [None] * (len(mine) - 1)
+        assert [bool(each["finish_reason"]) for each in mine] == [False] * (len(mine) - 1) + [True]
+        texts.add("".join(each["delta"].get("content", "") for each in mine))
+    assert len(texts) > 1
+    whole = await ask(http, CHAT, **fields)
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    assert 3 <= whole["usage"]["completion_tokens"] <= 27
+    assert whole["system_fingerprint"] == "fp_b179c9523d"
+
+
+async def test_best_of_n(http: aiohttp.ClientSession) -> None:
+    """`best_of` is taken where it chooses nothing."""
+    answer = await ask(http, COMPLETIONS, prompt="A cat is called", n=2, best_of=2, max_tokens=3, temperature=1)
+    assert len(answer["choices"]) == 2
+
+
+async def test_an_echo_begins_with_the_prompt(http: aiohttp.ClientSession) -> None:
+    """Its tokens are told with their log-probabilities, nothing led to the first; with `max_tokens: 0` it is all."""
+    fields = {"prompt": "Roses are red, violets are blue", "echo": True, "logprobs": 1}
+    more = (await ask(http, COMPLETIONS, **fields, max_tokens=4))["choices"][0]
+    assert more["text"].startswith(fields["prompt"])
+    alone = await ask(http, COMPLETIONS, **fields, max_tokens=0)
+    assert alone["choices"][0]["text"] == fields["prompt"]
+    assert alone["usage"]["completion_tokens"] == 0
+    scored = alone["choices"][0]["logprobs"]
+    assert "".join(scored["tokens"]) == fields["prompt"]
+    assert scored["token_logprobs"][0] is None
+    assert all(logprob < 0 for logprob in scored["token_logprobs"][1:])
+    assert more["logprobs"]["token_logprobs"][1:4] == pytest.approx(scored["token_logprobs"][1:4], abs=0.05)
+    streamed = await stream(http, COMPLETIONS, **fields, max_tokens=4)
+    assert "".join(each["text"] for each in streamed) == more["text"]
+
+
+async def test_a_gap_needs_a_model_with_the_tokens_for_it(http: aiohttp.ClientSession) -> None:
+    """SmolLM2 has none for a suffix: a 400 that names it."""
+    async with http.post(COMPLETIONS, json={"model": NAME, "prompt": "def f(", "suffix": "return x"}) as answer:
+        error = json.loads(await answer.read())["error"]
+    assert (answer.status, error["param"]) == (400, "suffix"), error
+
+
+# -- formats and tools --
+
+
+class City(pydantic.BaseModel):
+    """What `.parse()` is asked for."""
+
+    name: str
+    size: Literal["small", "large"]
+    inhabitants: int
+
+
+def test_a_schema_is_kept_and_parsed(client: openai.OpenAI) -> None:
+    """The official client's `.parse()` gets its class, from a model that would not think of it."""
+    answer = client.chat.completions.parse(
+        model=NAME, messages=user("Tell me of Paris."), response_format=City, max_tokens=200, temperature=0
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert isinstance(answer.choices[0].message.parsed, City)
+
+
+async def test_json_and_grammars_hold_the_answer(http: aiohttp.ClientSession) -> None:
+    """JSON objects, llama-server's schema on both paths, a grammar; cut short the answer says so."""
+    chat = {"messages": user("Describe a cat in JSON."), "max_tokens": 100, "temperature": 1, "seed": 1}
+    whole = (await ask(http, CHAT, **chat, response_format={"type": "json_object"}))["choices"][0]
+    assert whole["finish_reason"] == "length" or isinstance(json.loads(whole["message"]["content"]), dict)
+    schema = {"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}
+    said = (await ask(http, COMPLETIONS, prompt="Numbers:", json_schema=schema, max_tokens=60))["choices"][0]
+    assert json.loads(said["text"]) in ([1, 1], [1, 2], [2, 1], [2, 2])
+    grammar = 'root ::= ("yes" | "no") "!"'
+    said = (await ask(http, CHAT, **chat, grammar=grammar))["choices"][0]
+    assert said["message"]["content"] in ("yes!", "no!")
+    assert said["finish_reason"] == "stop"
+    cut = await ask(http, CHAT, **{**chat, "max_tokens": 2}, grammar='root ::= "a cat sat on the mat all day"')
+    assert cut["choices"][0]["finish_reason"] == "length"
+
+
+WEATHER: ChatCompletionToolParam = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Tell the weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}, "unit": {"enum": ["C", "F"]}},
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+async def test_a_call_that_must_be_made_has_arguments_that_fit(http: aiohttp.ClientSession, choice: object) -> None:
+    """One call, its arguments as the schema has them; a stream's pieces make the same."""
+    fields = {
+        "messages": user("What is the weather in Paris?"), "tools": [WEATHER], "tool_choice": choice,
+        "parallel_tool_calls": False, "max_tokens": 120,
+    }  # fmt: skip
+    whole = (await ask(http, CHAT, **fields))["choices"][0]
+    (call,) = whole["message"]["tool_calls"]
+    assert (whole["finish_reason"], whole["message"]["content"]) == ("tool_calls", None)
+    assert (call["type"], call["function"]["name"], bool(call["id"])) == ("function", "get_weather", True)
+    arguments = json.loads(call["function"]["arguments"])
+    assert set(arguments) == {"city", "unit"}
+    pieces = [piece for each in await stream(http, CHAT, **fields) for piece in each["delta"].get("tool_calls", ())]
+    assert (pieces[0]["id"] != "", pieces[0]["function"]["name"]) == (True, "get_weather")
+    assert json.loads("".join(piece["function"]["arguments"] for piece in pieces)) == arguments
+
+
+async def test_functions_are_answered_in_the_older_words(http: aiohttp.ClientSession) -> None:
+    """Whoever sends `functions` gets a `function_call`."""
+    fields = {
+        "messages": user("What is the weather in Paris?"), "functions": [WEATHER["function"]], "max_tokens": 120,
+        "function_call": {"name": "get_weather"},
+    }  # fmt: skip
+    whole = (await ask(http, CHAT, **fields))["choices"][0]
+    assert whole["finish_reason"] == "function_call"
+    assert whole["message"]["function_call"]["name"] == "get_weather"
+    assert "tool_calls" not in whole["message"]
+    streamed = [each["delta"].get("function_call", {}) for each in await stream(http, CHAT, **fields)]
+    assert "".join(each.get("arguments", "") for each in streamed) == whole["message"]["function_call"]["arguments"]
+
+
 # -- where a name leads --
 
 
 def test_models_lists_every_name_with_where_it_leads(client: openai.OpenAI, smollm2: Path) -> None:
     """Exact names, not globs; each with file, SHA, layer, paths, state, description; one by one too."""
     client.chat.completions.create(model=NAME, messages=user("x"), max_tokens=1)
+    check_answer("ModelList", client.models.with_raw_response.list().text)
     models = {model.id: model for model in client.models.list()}
     assert set(models) == {"small/chat", "one", "smollm2", NAME, smollm2.stem}
     extension = models["small/chat"].localaid  # type: ignore[attr-defined]
     assert extension["file"].endswith(smollm2.name)
     assert extension["sha256"] == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
     assert (extension["layer"], extension["state"]) == ("user", "loaded")
-    assert extension["paths"] == ["/v1/chat/completions", "/v1/completions"]
+    assert extension["paths"] == ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"]
     assert extension["description"] == "what the tests talk to"
     assert models[NAME].localaid["layer"] in ("auto", "shipped")  # type: ignore[attr-defined]
     assert client.models.retrieve("small/chat").id == "small/chat"
@@ -266,7 +484,11 @@ async def test_headers_tell_where_a_request_went_when_asked(http: aiohttp.Client
         (CHAT, {"model": NAME, "temperature": 3}, 400, "invalid_value", "temperature", ""),
         (CHAT, {"model": NAME, "n": 0}, 400, "invalid_value", "n", ""),
         (CHAT, {"model": NAME, "stop": ["x"] * 17}, 400, "invalid_value", "stop", ""),
-        (CHAT, {"model": NAME, "echo": True, "tools": [{}]}, 400, "unsupported_parameter", "tools", ""),
+        (CHAT, {"model": NAME, "echo": True, "tools": [{}]}, 400, "invalid_value", "tools", ""),
+        (CHAT, {"model": NAME, "modalities": ["audio"]}, 400, "unsupported_parameter", "modalities", "text only"),
+        (CHAT, {"model": NAME, "tool_choice": "required"}, 400, "invalid_value", "tool_choice", "`tools`"),
+        (CHAT, {"model": NAME, "top_logprobs": 3}, 400, "invalid_value", "top_logprobs", "`logprobs`"),
+        (CHAT, {"model": NAME, "stream_options": {}}, 400, "invalid_value", "stream_options", "`stream`"),
         (CHAT, {"model": "smollm2-135m-instuct"}, 404, "model_not_found", "model", NAME),
         ("/v1/completions", {"model": NAME, "prompt": [10**6]}, 400, "token_unknown", "prompt", "49152"),
         ("/v1/completions", {"model": NAME, "prompt": ""}, 400, "prompt_empty", "prompt", "no tokens"),
@@ -296,6 +518,9 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(client: openai
     assert caught.value.code == "context_length_exceeded"
     assert "2048" in caught.value.message
     assert caught.value.param == "messages"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=NAME, prompt=english(3000, 1))
+    assert caught.value.param == "prompt"
 
 
 # -- queues --
@@ -447,3 +672,174 @@ async def test_two_models_that_do_not_fit_together_take_turns(daemon: StartDaemo
                 http, lambda status: sum(worker.pid is not None for worker in status.memory.workers) == 1
             )
             assert [worker.options.ctx_size for worker in status.memory.workers if worker.pid] == [size]
+
+
+# -- ACCESS: what a wider look at HTTP has left over --
+
+
+@contextlib.asynccontextmanager
+async def serve_here(
+    folder: Path, models: Iterable[Path], settings: localaid.Settings
+) -> AsyncIterator[tuple[localaid.Daemon, aiohttp.ClientSession]]:
+    """Run a daemon within this process, for tests that hold or break one of its steps; its workers are processes."""
+    for part in ("models", "configs", "state"):
+        (folder / part).mkdir()
+    for model in models:
+        place_model(model, folder / "models")
+    folders = localaid.Folders(
+        models=(folder / "models",),
+        configs=folder / "configs",
+        state=folder / "state",
+        settings=folder / "localaid.yaml",
+        shipped=folder / "shipped",
+    )
+    one = localaid.Daemon(folders, settings, "127.0.0.1:0")
+    running = asyncio.create_task(one.run())
+    while not one.is_ready and not running.done():  # it tells systemd, not its own process
+        await asyncio.wait((running,), timeout=0.01)
+    try:
+        async with aiohttp.ClientSession(one.status().listen[0]) as http:
+            yield one, http
+    finally:
+        one._stop.set()
+        await running
+
+
+@pytest.mark.parametrize("limit", ["max_tokens", "max_completion_tokens", "n_predict"])
+def test_each_limits_name_ends_an_answer(client: openai.OpenAI, limit: str) -> None:
+    """OpenAI's old and new one, llama-server's."""
+    answer = client.chat.completions.create(
+        model=NAME, messages=user("Count to a hundred."), extra_body={limit: 5, "ignore_eos": True}
+    )
+    assert answer.usage is not None
+    assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (5, "length")
+
+
+def test_the_models_own_end_is_a_stop_and_never_text(client: openai.OpenAI) -> None:
+    """Here its end token is made the only choice."""
+    end_of_turn = 2
+    answer = client.chat.completions.create(model=NAME, messages=user("x"), logit_bias={str(end_of_turn): 100})
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("", "stop")
+
+
+def test_a_stream_of_several_prompts_and_answers_keeps_them_apart(client: openai.OpenAI) -> None:
+    """Indices run over prompts, then answers; each is finished once; usage counts all."""
+    asked = {"model": NAME, "prompt": ["Roses are red,", "One, two, three,"], "n": 2, "temperature": 0, "max_tokens": 6}
+    whole = client.completions.create(**asked)  # type: ignore[call-overload]
+    chunks = list(client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))  # type: ignore[call-overload]
+    texts, finished = dict.fromkeys(range(4), ""), []
+    for chunk in chunks[:-1]:
+        assert chunk.usage is None
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            finished += [choice.index] if choice.finish_reason else []
+    assert list(texts.values()) == [choice.text for choice in whole.choices]
+    assert sorted(finished) == [0, 1, 2, 3]
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 24
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_a_request_of_many_prompts_takes_one_place_in_the_queue(client: openai.OpenAI) -> None:
+    """More prompts than the queue has places are still one request."""
+    prompts = [f"{number} and" for number in range(10)]
+    answer = client.completions.create(model="one", prompt=prompts, max_tokens=1, temperature=0)
+    assert [choice.index for choice in answer.choices] == list(range(10))
+
+
+def test_headers_reach_the_official_client(client: openai.OpenAI, smollm2: Path) -> None:
+    """By `with_raw_response`."""
+    raw = client.completions.with_raw_response.create(
+        model="gpt-4o", prompt="x", max_tokens=1, extra_headers={"X-Localaid-Explain": "true"}
+    )
+    assert raw.headers["X-Localaid-File"].endswith(smollm2.name)
+    assert raw.headers["Content-Type"].startswith("application/json")
+    assert raw.parse().model == "gpt-4o"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_beyond_the_context_names_the_field_of_its_path(client: openai.OpenAI, *, stream: bool) -> None:
+    """Never cut in silence; a stream is refused before it begins."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=NAME, messages=user(english(3000, 1)), stream=stream)
+    assert caught.value.code == "context_length_exceeded"
+    assert "2048" in caught.value.message
+    assert re.search(r"\b3\d{3}\b", caught.value.message), caught.value.message
+    assert caught.value.param == "messages"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=NAME, prompt=[100] * 2100, stream=stream)
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+    assert "2100" in caught.value.message
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # sdnotify, without systemd
+async def test_a_fault_in_mid_stream_ends_it_with_an_error_event(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not with a second HTTP head among the events; the log has the traceback under the id that the client sees."""
+    render, calls = localaid.ChunkRenderer.render_delta, []
+
+    def fail_once(renderer: localaid.ChunkRenderer, index: int, text: str) -> bytes:
+        calls.append(text)
+        if len(calls) == 3:
+            raise RuntimeError("invented")
+        return render(renderer, index, text)
+
+    monkeypatch.setattr(localaid.ChunkRenderer, "render_delta", fail_once)
+    async with serve_here(tmp_path, [tiny_llama], localaid.Settings()) as (_, http):
+        body = {"model": tiny_llama.stem, "prompt": "x", "max_tokens": 200, "ignore_eos": True, "stream": True}
+        async with http.post("/v1/completions", json=body) as answer:
+            events = (await answer.read()).split(b"\n\n")
+    assert all(event.startswith(b"data: {") for event in events[:-1])
+    error = json.loads(events[-2][6:])["error"]
+    found = re.search(r"req-\w+", error["message"])
+    assert found
+    assert found[0] in caplog.text
+    assert "RuntimeError: invented" in caplog.text
+
+
+def test_the_official_client_can_leave_a_stream(served: Daemon, client: openai.OpenAI) -> None:
+    """`close()` after the first chunks."""
+    with client.chat.completions.create(
+        model=NAME, messages=user("Tell me everything."), stream=True, extra_body={"ignore_eos": True}
+    ) as stream:
+        for chunk in stream:
+            if chunk.choices[0].delta.content:
+                break
+
+    async def left() -> None:
+        async with aiohttp.ClientSession(served.base_url) as http:
+            await until(http, lambda status: running(status) == 0)
+
+    asyncio.run(left())
+
+
+async def test_a_model_that_cannot_be_loaded_is_listed_as_failed(daemon: StartDaemon, tmp_path: Path) -> None:
+    """503 with llama.cpp's reason, streamed too; the others go on."""
+    good = write_tiny_llama(tmp_path / "good.gguf")
+    bad = tmp_path / "bad.gguf"  # a tensor's name has changed: a good header, and llama.cpp refuses it
+    bad.write_bytes(good.read_bytes().replace(b"blk.1.attn_norm.weight", b"blk.1.attn_morn.weight"))
+    served = daemon([good, bad])
+    async with aiohttp.ClientSession(served.base_url) as http:
+        for stream in (False, True):
+            body = {"model": "bad", "prompt": "x", "stream": stream}
+            async with http.post("/v1/completions", json=body) as answer:
+                error = json.loads(await answer.read())["error"]
+            assert (answer.status, error["code"]) == (503, "model_failed")
+            assert "blk.1.attn_norm.weight" in error["message"]
+        async with http.post("/v1/completions", json={"model": "good", "prompt": "x", "max_tokens": 1}) as answer:
+            assert answer.status == 200
+        async with http.get("/v1/models") as answer:
+            cards = msgspec.json.decode(await answer.read(), type=localaid.ModelList).data
+    assert {card.id: card.localaid.state for card in cards} == {"bad": "failed", "good": "loaded"}
+
+
+async def test_an_answer_ends_where_its_context_is_full(daemon: StartDaemon, tiny_llama: Path) -> None:
+    """With `length`, and to the last token."""
+    served = daemon([tiny_llama], {"x.yaml": "name: short\nshas: ['*']\nctx_size: 64\nparallel: 1\n"})
+    body = {"model": "short", "prompt": "x", "max_tokens": -1, "ignore_eos": True}
+    async with aiohttp.ClientSession(served.base_url) as http, http.post("/v1/completions", json=body) as answer:
+        found = msgspec.json.decode(await answer.read(), type=localaid.Completion)
+    assert isinstance(found.usage, localaid.Usage)
+    assert found.choices[0].finish_reason == "length"
+    assert found.usage.total_tokens in range(60, 257)  # llama.cpp rounds a context up

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from localaid import TextStream
+from localaid import (
+    REASONING_FORMATS,
+    TOOL_FORMATS,
+    FunctionDefinition,
+    OutputParser,
+    TextStream,
+    ToolDefinition,
+    Tooling,
+)
 
 # Few characters, of one to four bytes, so that stop words overlap each other and the text.
 CHARACTERS = "ab<|\né€🙂"
@@ -117,6 +127,17 @@ def test_stop_words(pieces: list[str], stop: list[str], deltas: list[str]) -> No
     assert run([piece.encode() for piece in pieces], stop)[0] == deltas
 
 
+@given(cut_bytes(), stops)
+def test_which_stop_word(pieces: list[bytes], stop: list[str]) -> None:
+    """The word that ended a sequence is one of those given, and the text goes on with it; none where none did."""
+    stream = TextStream(stop)
+    sent = [stream.push(piece)[0] for piece in pieces]
+    assert (stream.stop_word is not None) == stream.stopped
+    if stream.stop_word is not None:
+        assert stream.stop_word in stop
+        assert b"".join(pieces).decode(errors="replace").startswith("".join(sent) + stream.stop_word)
+
+
 def test_torn_characters_wait_and_become_replacement_characters() -> None:
     """Bytes of a character wait for the rest; what cannot become one any more is U+FFFD at once, at the end too."""
     stream = TextStream()
@@ -135,3 +156,21 @@ def test_a_long_beginning_of_a_stop_word_is_released_as_it_moves_on() -> None:
     assert stream.push(b"a" * 5000) == ("a" * 3000, False)
     assert stream.push(b"a") == ("a", False)
     assert stream.push(b"b") == ("", True)
+
+
+@given(places=st.lists(st.integers(0, 90), max_size=20))
+def test_parsers_come_behind_the_stream(places: list[int]) -> None:
+    """Torn characters and stop words are settled before calls are looked for, wherever the bytes are cut."""
+    answer = '<think>Grüße</think>Ich frage. <tool_call>{"name": "f", "arguments": {"ort": "Köln"}}</tool_call>STOP no'
+    raw = answer.encode()
+    ends = sorted({min(place, len(raw)) for place in places} | {len(raw)})
+    stream = TextStream(["STOP"])
+    tooling = Tooling(tools=[ToolDefinition(function=FunctionDefinition(name="f"))])
+    parser = OutputParser(TOOL_FORMATS["hermes"], REASONING_FORMATS["think"], tooling, new_id=lambda: "id")
+    parsed = [parser.push(stream.push(raw[start:end])[0]) for start, end in itertools.pairwise([0, *ends])]
+    parsed += [parser.push(stream.finish()), parser.finish()]
+    assert "".join(each.reasoning for each in parsed) == "Grüße"
+    assert "".join(each.content for each in parsed) == "Ich frage."
+    calls = [call for each in parsed for call in each.calls]
+    assert [call.name for call in calls if call.name] == ["f"]
+    assert "".join(call.arguments for call in calls) == '{"ort": "Köln"}'

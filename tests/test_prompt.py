@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 import resource
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from localaid import (
+    REASONING_FORMATS,
+    TOOL_FORMATS,
     ChatMessage,
     ContentPart,
     FunctionCall,
+    FunctionDefinition,
     Prompts,
     RenderedPrompt,
     TemplateFailed,
     TemplateRefused,
     ToolCall,
+    ToolDefinition,
+    Tooling,
+    describe_tools,
     parse_gguf,
     render_chat,
     render_completion,
     render_declared,
+    write_calls,
 )
 
 CHATML = (
@@ -103,6 +112,7 @@ def test_gemmas_header_has_no_template() -> None:
     prompt = render_chat(messages("system: S", "user: Hi"), Prompts(), model_template=template, bos="<bos>")
     assert prompt == RenderedPrompt(
         text="### System:\nS\n### User:\nHi\n### Assistant:\n",
+        tool_format=TOOL_FORMATS["json"],
         add_bos=True,
         parse_special=False,
         stop=("\n### System:", "\n### User:", "\n### Assistant:", "### System:", "### User:", "### Assistant:"),
@@ -267,7 +277,7 @@ def test_plain_fields() -> None:
     )
     assert prompt.text == (
         "<|SYSTEM|>This is a discussion of an AI and a Human…\n<|SYSTEM|>Be brief.\n<|USER|>Hi\n<|ASSISTANT|>Yes?\n"
-        "<|USER|>42\n<|ASSISTANT|>"
+        "<|USER|>Result of the function:\n42\n<|ASSISTANT|>"
     )
     assert prompt.stop[:3] == ("\n<|SYSTEM|>", "\n<|USER|>", "\n<|ASSISTANT|>")
     assert prompt.stop[3:] == ("<|SYSTEM|>", "<|USER|>", "<|ASSISTANT|>")
@@ -489,3 +499,193 @@ def test_any_template_renders_or_fails(source: str) -> None:
     except (TemplateFailed, TemplateRefused):
         return
     assert isinstance(prompt.text, str)
+
+
+# -- tools, thoughts and answers that were begun --
+
+TOOL = ToolDefinition(function=FunctionDefinition(name="add", parameters={"type": "object", "properties": {"a": {}}}))
+TOOLING = Tooling(tools=[TOOL])
+HISTORY = [
+    ChatMessage(role="user", content="1 + 2?"),
+    ChatMessage(
+        role="assistant",
+        content="I add.",
+        tool_calls=[
+            ToolCall(id="one", function=FunctionCall(name="add", arguments='{"a": 1}')),
+            ToolCall(id="two", function=FunctionCall(name="add", arguments='{"a": 2}')),
+        ],
+        reasoning_content="Hm.",
+    ),
+    ChatMessage(role="tool", tool_call_id="one", content="1"),
+    ChatMessage(role="tool", tool_call_id="two", content="3"),
+    ChatMessage(role="user", content="Thanks."),
+]
+KNOWS_TOOLS = (
+    "{% if tools is not none %}{% for tool in tools %}[{{ tool.type }} {{ tool.function.name }} "
+    "{{ tool.function.description }} {{ tool.function.parameters | tojson }}]{% endfor %}{% endif %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
+    "{% if message.reasoning_content %}({{ message.reasoning_content }}){% endif %}"
+    "{% for call in message.tool_calls %}{{ call.id }}:{{ call.function.name }}:{{ call.function.arguments.a }};"
+    "{% endfor %}{% if message.role == 'tool' %}of {{ message.tool_call_id }}{% endif %}{% endfor %}<assistant>"
+)
+
+
+def with_tools(template: str, *, prompts: Prompts | None = None, tooling: Tooling | None = TOOLING) -> RenderedPrompt:
+    """Render the history with tools."""
+    return render_chat(HISTORY, prompts or Prompts(), model_template=template, tooling=tooling)
+
+
+def test_template_that_knows_tools() -> None:
+    """It gets tools, calls, results and thoughts in Hugging Face's shape, arguments as objects."""
+    assert with_tools(KNOWS_TOOLS).text == (
+        '[function add  {"type": "object", "properties": {"a": {}}}]'
+        "<user>1 + 2?<assistant>I add.(Hm.)one:add:1;two:add:2;<tool>1of one<tool>3of two<user>Thanks.<assistant>"
+    )
+    assert "function add" not in with_tools(KNOWS_TOOLS, tooling=None).text
+
+
+def test_template_that_knows_no_tools() -> None:
+    """Tools are told in the system message, calls are written as the format has them, results are a user's words."""
+    prompt = with_tools(CHATML)
+    assert prompt.tool_format is TOOL_FORMATS["hermes"]
+    system, *turns = prompt.text.split("<|im_start|>")[1:]
+    assert system == f"system\n{describe_tools(TOOL_FORMATS['hermes'], [TOOL])}<|im_end|>\n"
+    assert turns == [
+        "user\n1 + 2?<|im_end|>\n",
+        f"assistant\nI add.\n{write_calls(TOOL_FORMATS['hermes'], [('add', {'a': 1}), ('add', {'a': 2})])}<|im_end|>\n",
+        "user\n<tool_response>\n1\n</tool_response>\n\n<tool_response>\n3\n</tool_response>\n\nThanks.<|im_end|>\n",
+        "assistant\n",
+    ]
+
+
+def test_tools_beside_a_system_message() -> None:
+    """The request's own system message keeps its place, the tools come behind it; the rule's format is used."""
+    chat = [ChatMessage(role="developer", content="Be brief."), ChatMessage(role="user", content="Hi")]
+    prompts = Prompts(tool_format="llama-3")
+    text = render_chat(chat, prompts, model_template=CHATML, tooling=TOOLING).text
+    assert text.startswith("<|im_start|>system\nBe brief.\n\nYou can call these functions:\n{")
+    assert '{"name": "function_name", "parameters": {' in text
+    alternating = render_chat(chat, prompts, model_template=MISTRAL, tooling=TOOLING).text
+    assert alternating.startswith("[INST] Be brief.\n\nYou can call")
+    transcript = render_chat(chat, prompts, model_template=None, tooling=TOOLING).text
+    assert transcript.startswith("### System:\nBe brief.\n\nYou can call")
+
+
+def test_roles_still_alternate() -> None:
+    """Results become one message with what the user says after them."""
+    assert with_tools(MISTRAL).text.count("[INST]") == 2
+
+
+def test_one_call_in_a_message() -> None:
+    """A template that takes one call gets them one by one, each before its result."""
+    template = (
+        "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
+        "{% if message.tool_calls %}{{ message.tool_calls[0].id }}{% endif %}{% endfor %}"
+    )
+    assert with_tools(template).text.endswith("<assistant>I add.one<tool>1<assistant>two<tool>3<user>Thanks.")
+
+
+def test_short_ids() -> None:
+    """Mistral's templates take ids of nine letters and digits; a call and its result keep theirs together."""
+    text = with_tools(KNOWS_TOOLS + "{# [TOOL_CALLS] #}").text
+    found = re.findall(r"([0-9a-f]{9}):add.*?of \1", text)
+    assert len(found) == 1
+    assert "one" not in text
+
+
+def test_tools_as_text_of_the_system_message() -> None:
+    """Phi-4's template has them as JSON in the system's message."""
+    template = (
+        "{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'system' and message['tools'] %}<|tool|>{{ message['tools'] }}<|/tool|>{% endif %}"
+        "{% endfor %}"
+    )
+    assert '<|tool|>[{"name": "add", "description": ""' in with_tools(template).text
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({}, ""),
+        ({"reasoning_effort": "none"}, "False False none"),
+        ({"reasoning_effort": "minimal"}, "False False minimal"),
+        ({"reasoning_effort": "high"}, "True True high"),
+        ({"reasoning_effort": "high", "enable_thinking": False}, "False False high"),
+        ({"enable_thinking": True}, "True True "),
+    ],
+)
+def test_how_much_to_think(kwargs: dict[str, str | bool], expected: str) -> None:
+    """The words that templates have for it agree; nothing is said where the request says nothing."""
+    template = (
+        "{{ messages[0].content[:0] }}{% if enable_thinking is defined %}"
+        "{{ enable_thinking }} {{ thinking }} {{ reasoning_effort }}{% endif %}"
+    )
+    chat = [ChatMessage(role="user", content="")]
+    assert render_chat(chat, Prompts(), model_template=template, kwargs=kwargs).text == expected
+
+
+THINKS = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}<assistant>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% else %}<think>\n{% endif %}"
+)
+
+
+def test_answer_begins_inside_of_the_reasoning() -> None:
+    """Where the prompt opens it; where it closes it at once, there is none."""
+    chat = [ChatMessage(role="user", content="Hi")]
+    opened = render_chat(chat, Prompts(), model_template=THINKS)
+    assert opened.inside
+    assert opened.reasoning is REASONING_FORMATS["think"]
+    closed = render_chat(chat, Prompts(), model_template=THINKS, kwargs={"reasoning_effort": "none"})
+    assert (closed.inside, closed.reasoning) == (False, None)
+    off = render_chat(chat, Prompts(reasoning_format="none"), model_template=THINKS)
+    assert (off.inside, off.reasoning) == (False, None)
+
+
+def begun(template: str | None, content: str, thought: str | None = None) -> RenderedPrompt:
+    """Render a chat whose last message is the assistant's."""
+    chat = [
+        ChatMessage(role="user", content="Hi"),
+        ChatMessage(role="assistant", content=content, reasoning_content=thought),
+    ]
+    return render_chat(chat, Prompts(), model_template=template)
+
+
+def test_answer_that_was_begun() -> None:
+    """It stands at the prompt's end as it is, behind what was thought; no turn is opened after it."""
+    assert begun(CHATML, "Hello, ").text.endswith("<|im_start|>assistant\nHello, ")
+    transcript = begun(None, "Hello,")
+    assert transcript.text.endswith("### Assistant:\nHello,")
+    assert not transcript.strip_start
+    assert begun(THINKS, "Hello").text == "<user>Hi<assistant><think>\n</think>\n\nHello"
+    assert begun(THINKS, "Hello", "Hm.").text == "<user>Hi<assistant><think>\nHm.</think>\n\nHello"
+    thinking = begun(THINKS, "", "Hm")
+    assert (thinking.text, thinking.inside) == ("<user>Hi<assistant><think>\nHm", True)
+    harmony = "{{ messages[0].content }}<|start|>assistant{# <|channel|>analysis #}"
+    assert begun(harmony, "Hello").text == "Hi<|start|>assistant<|channel|>final<|message|>Hello"
+
+
+REAL = sorted(Path("/tmp/dl/sdist/llama_cpp_python-0.3.36/vendor/llama.cpp/models/templates").glob("*.jinja"))  # noqa: S108
+CANNOT = {  # with the sandbox of Hugging Face they fail there too, or want what no client sends
+    "Kimi-K2-Instruct",
+    "Kimi-K2-Thinking",
+    "fireworks-ai-llama-3-firefunction-v2",
+    "llama-cpp-deepseek-r1",
+    "meetkai-functionary-medium-v3.2",
+}
+
+
+@pytest.mark.skipif(not REAL, reason="llama.cpp's collection of templates is not on this machine")
+@pytest.mark.parametrize("path", [path for path in REAL if path.stem not in CANNOT], ids=lambda path: path.stem)
+def test_real_templates_take_tools(path: Path) -> None:
+    """A history with calls and results goes through the templates of models that people run."""
+    number = {"type": "number", "description": "A summand."}
+    parameters: dict[str, object] = {"type": "object", "properties": {"a": number}, "required": ["a"]}
+    tool = ToolDefinition(function=FunctionDefinition(name="add", description="Adds.", parameters=parameters))
+    chat = [*HISTORY[:-1], ChatMessage(role="assistant", content="It is 3."), HISTORY[-1]]
+    tooling = Tooling(tools=[tool])
+    for messages in (chat, HISTORY[:-1]):
+        prompt = render_chat(messages, Prompts(), model_template=path.read_text(), tooling=tooling, now=0.0)
+        assert "1 + 2?" in prompt.text
+        assert "add" in prompt.text
+        assert ("Thanks." in prompt.text) == (messages is chat)

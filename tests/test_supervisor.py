@@ -18,8 +18,12 @@ from hypothesis import strategies as st
 
 import localaid
 from localaid import (
+    TASKS_AHEAD,
     Accepted,
+    BrokenFrame,
     Delta,
+    Embed,
+    Embedded,
     FairQueue,
     Generation,
     LoadModel,
@@ -29,6 +33,8 @@ from localaid import (
     ModelRemoved,
     ModelTooLarge,
     QueueFull,
+    Ranked,
+    Rerank,
     Sampling,
     ServiceRate,
     ShuttingDown,
@@ -36,6 +42,8 @@ from localaid import (
     Supervisor,
     Target,
     TextPrompt,
+    Tokenize,
+    Tokenized,
     WorkerDied,
     WorkerStatus,
 )
@@ -694,3 +702,118 @@ def test_errors_cross_the_wire(error: localaid.LocalaidError) -> None:
 def test_unknown_errors_are_reported_as_such(name: str, fields: dict[str, str | int | float | None]) -> None:
     """No class is looked up but those of section 1."""
     assert isinstance(localaid.error_from_wire(name, fields), localaid.WorkerFault)
+
+
+# -- tasks with one reply --
+
+
+def tokenize(bench: Bench, target: Target, text: str, client: str = "client") -> Generation:
+    """Submit a task with one reply."""
+    return bench.supervisor.submit(target, Tokenize(id=0, text=text), client=client)
+
+
+async def reply(generation: Generation) -> int:
+    """Return how many tokens a reply has."""
+    async with asyncio.timeout(LIMIT_S):
+        return len((await generation.reply(Tokenized)).tokens)
+
+
+async def test_task_loads_its_model_and_gets_its_reply(bench: Bench) -> None:
+    """A reply is of the kind that was asked for; the worker is idle after it."""
+    target = bench.target()
+    assert await reply(tokenize(bench, target, "say 3")) == 3
+    async with asyncio.timeout(LIMIT_S):
+        ranked = await bench.supervisor.submit(
+            target, Rerank(id=0, query="say 2", documents=["a", "b"]), client="c"
+        ).reply(Ranked)
+        embedded = await bench.supervisor.submit(target, Embed(id=0, inputs=["say 1"]), client="c").reply(Embedded)
+        with pytest.raises(BrokenFrame, match="Tokenized came where Embedded was due"):
+            await tokenize(bench, target, "say 1").reply(Embedded)
+    assert (ranked.scores, embedded.vectors) == ([0.5, 0.5], [b"\0\0\0\0"])
+    (worker,) = bench.workers
+    assert (worker.state, worker.running, worker.waiting) == ("loaded", 0, 0)
+
+
+async def test_tasks_and_answers_do_not_wait_for_each_other(bench: Bench) -> None:
+    """With every place in the batch taken, and more waiting, a task is answered; held tasks keep no answer waiting."""
+    target = bench.target(parallel=1)
+    held = [bench.ask(target, "hold") for _ in range(5)]
+    await first(held[0])
+    assert bench.workers[0].waiting == 3
+    assert await reply(tokenize(bench, target, "say 2")) == 2
+    tasks = [tokenize(bench, target, "silent") for _ in range(TASKS_AHEAD + 3)]
+    for generation in held:
+        generation.close()
+    assert await read(bench.ask(target, "say 1")) == "0 "
+    assert (bench.workers[0].running, bench.workers[0].waiting) == (TASKS_AHEAD, 3)
+    assert await read(bench.ask(target, "release")) == ""
+    for generation in tasks[:TASKS_AHEAD]:
+        assert await reply(generation) == 0
+    assert await read(bench.ask(target, "release")) == ""
+    assert [await reply(generation) for generation in tasks[TASKS_AHEAD:]] == [0] * 3
+
+
+async def test_tasks_are_fair_between_clients(bench: Bench) -> None:
+    """One client's many tasks leave another's its turn."""
+    target = bench.target()
+    assert await reply(tokenize(bench, target, "say 1")) == 1
+    busy = [tokenize(bench, target, "silent", "many") for _ in range(TASKS_AHEAD)]
+    assert await read(bench.ask(target, "say 1")) == "0 "
+    late = [tokenize(bench, target, f"say {number}", "many") for number in range(3)]
+    other = tokenize(bench, target, "say 9", "other")
+    assert (bench.workers[0].running, bench.workers[0].waiting) == (TASKS_AHEAD, 4)
+    busy[0].close()
+    assert [await reply(generation) for generation in (*late, other)] == [0, 1, 2, 9]
+    log = await read(bench.ask(target, "log"))
+    assert log.endswith("|cancelled|say 0|say 9|say 1|say 2|log")
+
+
+async def test_a_full_queue_of_tasks(tmp_path: Path) -> None:
+    """Tasks are counted on their own: they fill no queue of answers, and the other way round."""
+    async with supervise(tmp_path, queue_size=2) as bench:
+        target = bench.target("stuck")
+        waiting = [tokenize(bench, target, "say 1") for _ in range(2)]
+        with pytest.raises(QueueFull) as told:
+            tokenize(bench, target, "say 1")
+        assert told.value.waiting == 2
+        bench.ask(target, "say 1")
+        waiting[0].close()
+        tokenize(bench, target, "say 1")
+        assert bench.workers[0].waiting == 3
+
+
+async def test_a_rejected_task(bench: Bench) -> None:
+    """What the worker refuses comes as its error."""
+    with pytest.raises(ModelRemoved):
+        await reply(tokenize(bench, bench.target(), "reject"))
+
+
+async def test_a_task_survives_its_worker_once(bench: Bench, tmp_path: Path) -> None:
+    """A worker that dies under a task is replaced and the task runs again; a second death ends it."""
+    mark = tmp_path / "mark"
+    mark.touch()
+    target = bench.target()
+    assert await reply(tokenize(bench, target, f"die-once {mark}")) == 1
+    with pytest.raises(WorkerDied):
+        await reply(tokenize(bench, target, "die"))
+
+
+async def test_a_cancelled_task_leaves_the_worker(bench: Bench) -> None:
+    """The worker hears of it and is idle then; a reply that comes all the same is dropped."""
+    target = bench.target()
+    with tokenize(bench, target, "silent"):
+        assert await reply(tokenize(bench, target, "say 1")) == 1
+        assert bench.workers[0].running == 1
+    assert bench.workers[0].running == 0
+    assert "cancelled" in await read(bench.ask(target, "log"))
+    with tokenize(bench, target, "say 5"):
+        pass
+    assert await read(bench.ask(target, "say 1")) == "0 "
+
+
+async def test_waiting_tasks_are_refused_at_the_end(tmp_path: Path) -> None:
+    """A supervisor that stops leaves no task without an answer."""
+    async with supervise(tmp_path) as bench:
+        task = tokenize(bench, bench.target("stuck"), "say 1")
+    with pytest.raises(ShuttingDown):
+        await reply(task)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import re
 import select
 import signal
 import socket
@@ -12,19 +14,29 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jsonschema
+import msgspec
 import pytest
 
 import localaid
 from localaid import (
     FROM_WORKER,
+    TOOL_FORMATS,
     Accepted,
     Cancel,
     ChatMessage,
     ChatPrompt,
     Declare,
     Delta,
+    Detokenize,
+    Embed,
+    Embedded,
+    EngineFailed,
     FrameReader,
     FromWorker,
+    FunctionDefinition,
+    InputTooLong,
+    JsonConstraint,
     Loaded,
     LoadFailed,
     Loading,
@@ -33,12 +45,18 @@ from localaid import (
     Prompt,
     Prompts,
     Rejected,
+    Render,
+    Rendered,
     Sampling,
     Step,
     Stop,
     Submit,
     TextPrompt,
+    Tokenize,
+    Tokenized,
     TokenPrompt,
+    ToolDefinition,
+    Tooling,
     ToWorker,
     encode_frame,
     error_from_wire,
@@ -248,6 +266,139 @@ def test_what_cannot_be_run_is_rejected_in_words(
     shared.until(lambda: shared.finished(after))
 
 
+WEATHER: dict[str, object] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "enum": ["Oslo", "Paris"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 7},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    ToolDefinition(function=FunctionDefinition(name="get_weather", description="The weather.", parameters=WEATHER)),
+    ToolDefinition(function=FunctionDefinition(name="get_time", parameters={"type": "object", "properties": {}})),
+]
+THOUGHTFUL = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n<think>\n"
+)
+
+
+def with_tools(text: str, tooling: Tooling, prompts: Prompts | None = None) -> ChatPrompt:
+    """Return a chat of one message with tools."""
+    message = ChatMessage(role="user", content=text)
+    return ChatPrompt(messages=[message], tooling=tooling, prompts=prompts or Prompts())
+
+
+def calls_of(end: WorkerEnd, request: int) -> list[tuple[str, object]]:
+    """Return an answer's calls, put together as a client does; each with an id of its own."""
+    made: list[list[str]] = []
+    for call in (call for delta in end.deltas[request] for call in delta.calls):
+        if call.index == len(made):
+            assert re.fullmatch("call_[0-9a-f]{24}", call.id)
+            made.append([call.name, ""])
+        made[call.index][1] += call.arguments
+    return [(name, json.loads(arguments)) for name, arguments in made]
+
+
+@pytest.mark.parametrize("name", [*TOOL_FORMATS, "none"])
+def test_required_calls_are_valid_in_every_format(shared: WorkerEnd, name: str) -> None:
+    """A model that was never taught to calls a function as its schema wants it, and says nothing else."""
+    tooling = Tooling(tools=TOOLS, choice="required", parallel=False)
+    sampling = Sampling(temperature=0.0, max_tokens=200)
+    request = ask(shared, with_tools("How is Oslo?", tooling, Prompts(tool_format=name)), sampling)
+    shared.until(lambda: request in shared.rejected or shared.finished(request))
+    assert request not in shared.rejected, shared.rejected[request]
+    assert shared.deltas[request][-1].finish == "tool_calls", shared.text(request)
+    assert shared.text(request) == ""
+    ((function, arguments),) = calls_of(shared, request)
+    if function == "get_weather":
+        jsonschema.validate(arguments, WEATHER)
+    else:
+        assert (function, arguments) == ("get_time", {})
+
+
+def test_a_named_function_is_called(shared: WorkerEnd) -> None:
+    """That one, once, in each answer of the request; a seed makes them repeatable."""
+    for named in ("get_weather", "get_time"):
+        tooling = Tooling(tools=TOOLS, choice="required", function=named)
+        sampling = Sampling(temperature=1.0, seed=7, max_tokens=200)
+        request = ask(shared, with_tools("What time is it?", tooling), sampling, n=2)
+        shared.until(lambda request=request: shared.finished(request, 2))  # type: ignore[misc]
+        for index in range(2):
+            deltas = [delta for delta in shared.deltas[request] if delta.index == index]
+            assert [call.name for delta in deltas for call in delta.calls if call.name] == [named]
+            assert deltas[-1].finish == "tool_calls"
+
+
+def test_no_call_without_a_choice(shared: WorkerEnd) -> None:
+    """`none`: the model is told of its tools, and its answer is content, whatever it looks like."""
+    lengths = []
+    for tooling in (Tooling(), Tooling(tools=TOOLS, choice="none"), Tooling(tools=TOOLS)):
+        request = ask(shared, with_tools("Say hi.", tooling))
+        shared.until(lambda request=request: shared.finished(request))  # type: ignore[misc]
+        lengths.append(shared.accepted[request].prompt_tokens)
+        if tooling.choice == "none":
+            assert shared.text(request)
+            assert all(not delta.calls for delta in shared.deltas[request])
+    assert lengths[0] < lengths[1] == lengths[2]
+
+
+def test_thoughts_are_apart_from_the_answer(shared: WorkerEnd) -> None:
+    """Where the prompt opens the reasoning, the answer begins in it; a response format holds behind it."""
+    prompts = Prompts(chat_template=THOUGHTFUL)
+    request = ask(shared, chat("Say hi.", prompts))
+    shared.until(lambda: shared.finished(request))
+    assert "".join(delta.reasoning for delta in shared.deltas[request])
+    assert shared.text(request) == ""
+    off = ask(shared, chat("Say hi.", msgspec.structs.replace(prompts, reasoning_format="none")))
+    shared.until(lambda: shared.finished(off))
+    assert shared.text(off)
+    text = f"{THOUGHTFUL}Hi.\n</think>\n\n"
+    closed = ask(
+        shared,
+        chat("x", Prompts(chat_template=text)),
+        Sampling(temperature=0.0, max_tokens=60),
+        constraint=JsonConstraint(schema={"enum": ["yes", "no"]}),
+    )
+    shared.until(lambda: shared.finished(closed))
+    assert json.loads(shared.text(closed)) in ("yes", "no")
+    assert shared.deltas[closed][-1].finish == "stop"
+
+
+def test_a_schema_that_nests_too_deeply_is_refused(shared: WorkerEnd) -> None:
+    """And the worker goes on."""
+    schema: dict[str, object] = {"type": "object"}
+    for _ in range(450):
+        schema = {"type": "object", "properties": {"a": schema}}
+    tools = [ToolDefinition(function=FunctionDefinition(name="deep", parameters=schema))]
+    silent = Prompts(chat_template="{{ messages[0].content }}{# tools #}")
+    request = ask(shared, with_tools("Hi", Tooling(tools=tools, choice="required"), silent))
+    shared.until(lambda: request in shared.rejected)
+    rejected = shared.rejected[request]
+    assert error_from_wire(rejected.error, rejected.fields).param == "tools"
+    after = ask(shared, chat("Still there?"))
+    shared.until(lambda: shared.finished(after))
+
+
+def test_an_answer_that_was_begun_goes_on(shared: WorkerEnd) -> None:
+    """The last message is the assistant's: no new turn is opened, and only what is new comes back."""
+    messages = [ChatMessage(role="user", content="Count."), ChatMessage(role="assistant", content="one, two, three,")]
+    request = ask(shared, ChatPrompt(messages=messages))
+    shared.until(lambda: shared.finished(request))
+    assert "four" in shared.text(request)
+
+
+def test_what_is_at_fault_is_named(shared: WorkerEnd) -> None:
+    """`messages` for a chat, `prompt` for a completion."""
+    for prompt, param in ((chat("word " * 3000), "messages"), (TextPrompt(text="word " * 3000), "prompt")):
+        request = ask(shared, prompt)
+        shared.until(lambda request=request: request in shared.rejected)  # type: ignore[misc]
+        rejected = shared.rejected[request]
+        assert error_from_wire(rejected.error, rejected.fields).param == param
+
+
 def test_a_context_that_is_full_ends_the_answer(shared: WorkerEnd) -> None:
     """`length`, and prompt and answer together are the context."""
     sampling = Sampling(temperature=0.0, ignore_eos=True)
@@ -345,3 +496,76 @@ sys.stdin.read()
     parent.communicate()
     assert select.select([worker], [], [], 30)[0]  # a pidfd is readable when its process has gone
     os.close(worker)
+
+
+# -- tasks with one reply --
+
+
+def test_tasks_are_answered_in_the_middle_of_an_answer(shared: WorkerEnd) -> None:
+    """Tokens and prompts are answered by the intake while the other thread decodes; so are texts to be embedded."""
+    sampling = Sampling(temperature=0.0, max_tokens=400, ignore_eos=True)
+    running = ask(shared, TextPrompt(text="Once upon a time"), sampling)
+    shared.until(lambda: running in shared.accepted)
+    first, second, third, fourth = (next(_ids) for _ in range(4))
+    prompt = ChatPrompt(messages=[ChatMessage(role="user", content="Hello")])
+    shared.send(
+        Embed(id=first, inputs=["The river", "the stone " * 90, [1, 2, 3]]),
+        Tokenize(id=second, text="Hello, world"),
+        Detokenize(id=third, tokens=[1, 19556]),
+        Render(id=fourth, prompt=prompt),
+    )
+    replies: dict[int, FromWorker] = {}
+    while len(replies) < 4:
+        message = shared.next()
+        if isinstance(message, (Embedded, Tokenized, Rendered)):
+            replies[message.id] = message
+    assert not shared.finished(running)
+    embedded, tokenized, text, rendered = (replies[number] for number in (first, second, third, fourth))
+    assert isinstance(embedded, Embedded)
+    assert [len(vector) for vector in embedded.vectors] == [4 * 576] * 3
+    assert isinstance(tokenized, Tokenized)
+    assert b"".join(tokenized.pieces) == b"Hello, world"
+    assert text == Rendered(id=third, text="<|im_start|>Hello", tokens=2)
+    assert isinstance(rendered, Rendered)
+    assert "<|im_start|>user\nHello<|im_end|>" in rendered.text
+    asked = ask(shared, prompt)
+    shared.until(lambda: shared.finished(asked))
+    assert shared.accepted[asked].prompt_tokens == rendered.tokens
+    shared.send(Cancel(id=running))
+
+
+def test_task_that_cannot_be_run(shared: WorkerEnd) -> None:
+    """The error comes back with its fields; the worker goes on."""
+    request = next(_ids)
+    shared.send(Embed(id=request, inputs=["fine", "stone " * 2000]))
+    shared.until(lambda: request in shared.rejected)
+    rejected = shared.rejected[request]
+    error = error_from_wire(rejected.error, rejected.fields)
+    assert isinstance(error, InputTooLong)
+    assert (error.place, error.ctx_size) == (1, 1024)
+    assert error.tokens > 1024
+
+
+def test_cancelled_embedding_ends_between_two_decodes(shared: WorkerEnd) -> None:
+    """A long task does not hold up the next one once it is cancelled; it gets no reply."""
+    long, short = next(_ids), next(_ids)
+    shared.send(Embed(id=long, inputs=["the stone " * 400] * 200))
+    shared.send(Cancel(id=long), Embed(id=short, inputs=["a"]))
+    while not isinstance(message := shared.next(), Embedded):
+        pass
+    assert message.id == short
+
+
+def test_encoder_embeds_and_does_not_write(minilm: Path) -> None:
+    """A model without a generating context serves embeddings, and refuses what it cannot do; it stops in order."""
+    with start() as end:
+        declared = [Prompts(completion_prompt="Complete this, please. " * 9)]
+        assert end.load(minilm, LoadOptions(threads=2), declared).ctx_size == 512
+        end.send(Submit(id=1, prompt=TextPrompt(text="a")), Embed(id=2, inputs=["a", "b"]), Stop())
+        end.until(lambda: 1 in end.rejected)
+        rejected = end.rejected[1]
+        assert isinstance(error_from_wire(rejected.error, rejected.fields), EngineFailed)
+        while not isinstance(message := end.next(), Embedded):
+            pass
+        assert [len(vector) for vector in message.vectors] == [4 * 384] * 2
+        assert end.process.wait(30) == 0
