@@ -46,7 +46,7 @@ from localaid import (
 )
 
 NOT_KEPT = (
-    "Response 'resp_1' is not kept here: it was not stored, was deleted, has been unused for too long, "
+    "Response 'resp_1' is not kept here: it was not stored, was deleted, was unused for too long, "
     "is another client's, or localaid was restarted; send its items as `input`."
 )
 
