@@ -9414,6 +9414,7 @@ class Engine:
 
         self._llama, self._np = llama_cpp, np
         self.log = _keep_log(llama_cpp)
+        self.log.first_error = ""
         self._options = load.options
         self._model = self._load_model(load, report)
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
@@ -9875,8 +9876,9 @@ class LlamaLog:
 GGML_LOG_ERROR: Final = 4
 
 
+@functools.cache
 def _keep_log(llama: ModuleType) -> LlamaLog:
-    """Send llama.cpp's log to a `LlamaLog`."""
+    """Send llama.cpp's log to a `LlamaLog`, one for the process: llama.cpp may log as long as that lives."""
     log = LlamaLog()
     callback = llama.llama_log_callback(log.hear)
     llama.llama_log_set(callback, ctypes.c_void_p(0))

