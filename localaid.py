@@ -9946,6 +9946,19 @@ def read_schema(schema: Schema | bool, param: str) -> Schema:
     return cast("Schema", read)
 
 
+def _is_merged(schema: Schema) -> bool:
+    """Return whether some object's properties are put together from several places."""
+    todo: list[object] = [schema]
+    for part in todo:  # grows while it is walked
+        if isinstance(part, dict):
+            if "allOf" in part or ("properties" in part and part.keys() & {"anyOf", "oneOf", "$ref"}):
+                return True
+            todo += part.values()
+        elif isinstance(part, list):
+            todo += part
+    return False
+
+
 class _SchemaReader:
     """One walk through a schema."""
 
@@ -9954,6 +9967,7 @@ class _SchemaReader:
         self.param = param
         self._parts = 0
         self._refs: set[str] = set()
+        self._closes = not _is_merged(root)
 
     def _refuse(self, where: tuple[str, ...], problem: str) -> SchemaUnsupported:
         return SchemaUnsupported(param=self.param, where=".".join(where)[:200], problem=problem)
@@ -9976,7 +9990,20 @@ class _SchemaReader:
                 read[key] = self._read_value(key, value, where)
         self._move_bounds(read)
         self._merge_options(read)
+        if self._closes and "properties" in read:
+            self._close(read)
         return read
+
+    def _close(self, read: Schema) -> None:
+        """Allow an object the properties that it names only, where that leaves it satisfiable.
+
+        JSON Schema allows any others where nothing is said; nobody who asks for an answer wants them, and a small model
+        finds no end of them.
+        """
+        named = cast("dict[str, object]", read["properties"])
+        needed = cast("list[str]", read.get("required", []))
+        if "patternProperties" not in read and set(needed) <= set(named):
+            read.setdefault("additionalProperties", False)
 
     def _move_bounds(self, read: Schema) -> None:
         """Write bounds that exclude themselves as others."""

@@ -413,6 +413,24 @@ def test_what_is_large_only_in_its_answers_is_served(engine: Engine, constrainer
     assert not complete or jsonschema.validate(json.loads(text), schema) is None
 
 
+@pytest.mark.parametrize(
+    ("schema", "closed"),
+    [
+        ({"properties": {"a": {}}, "required": ["a"]}, True),
+        ({"properties": {"a": {}}, "additionalProperties": True}, False),
+        ({"properties": {"a": {}}, "required": ["b"]}, False),
+        ({"properties": {"a": {}}, "patternProperties": {"^b": {}}}, False),
+        ({"properties": {"a": {}}, "anyOf": [{"required": ["a"]}]}, False),
+        ({"allOf": [{"properties": {"a": {}}}, {"properties": {"b": {}}}]}, False),
+    ],
+)
+def test_an_object_has_what_it_names_and_no_more(schema: Schema, *, closed: bool) -> None:
+    """Unless the schema says otherwise, or could not be satisfied then."""
+    read = read_schema(schema, "response_format")
+    assert (read.get("additionalProperties") is False) == closed
+    assert "'additionalProperties': False" not in repr(read) or closed
+
+
 def test_a_schema_cannot_choose_llguidances_options() -> None:
     """`x-guidance` could turn checks off."""
     hostile: Schema = {"x-guidance": {"lenient": True, "coerce_one_of": True}, "type": "object"}

@@ -12,7 +12,7 @@ class Person(BaseModel):
     """A person."""
 
     name: str = Field(max_length=20)  # a small model finds no end of a name
-    age: int
+    age: int = Field(ge=0, le=120)
     mood: Literal["glad", "sad"]
 
 

@@ -32,7 +32,13 @@ streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
 assert streamed == answer.choices[0].message.content, (streamed, answer)
 
 called = litellm.completion(
-    "openai/gpt-4o-mini", messages=ASK, tools=[TOOL], tool_choice="required", max_tokens=64, **PLACE
+    "openai/gpt-4o-mini",
+    messages=ASK,
+    tools=[TOOL],
+    tool_choice="required",
+    parallel_tool_calls=False,
+    max_tokens=64,
+    **PLACE,
 )
 call = called.choices[0].message.tool_calls[0]
 assert call.function.name == "paint"

@@ -38,7 +38,7 @@ const typed = await client.chat.completions.create({
 assert.ok(schema.properties.colour.enum.includes(JSON.parse(typed.choices[0].message.content).colour));
 
 const called = await client.chat.completions.create({
-  model, messages, max_tokens: 64, tool_choice: "required",
+  model, messages, max_tokens: 64, tool_choice: "required", parallel_tool_calls: false,
   tools: [{ type: "function", function: { name: "paint", parameters: schema } }],
 });
 const [call] = called.choices[0].message.tool_calls;
