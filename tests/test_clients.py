@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import anthropic
-import httpx
 import openai
 import pytest
 from pydantic import BaseModel, Field
@@ -214,8 +214,8 @@ def test_openai_async_and_cancellation(served: Daemon) -> None:
             return [answer.choices[0].message.content for answer in many]
 
     assert all(asyncio.run(run()))
-    with httpx.Client(base_url=served.base_url) as http:
-        status = http.get("/localaid/status").json()
+    with urllib.request.urlopen(f"{served.base_url}/localaid/status") as answer:
+        status = json.load(answer)
     running = [worker["running"] for worker in status["memory"]["workers"]]
     assert sum(running) == 0, status
 
