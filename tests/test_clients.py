@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import aiohttp
 import anthropic
 import openai
 import pytest
@@ -213,11 +213,13 @@ def test_openai_async_and_cancellation(served: Daemon) -> None:
             many = await asyncio.gather(*(client.chat.completions.create(**ask, max_tokens=8) for _ in range(6)))
             return [answer.choices[0].message.content for answer in many]
 
+    async def count_running() -> int:
+        async with aiohttp.ClientSession(served.base_url) as http, http.get("/localaid/status") as answer:
+            status = await answer.json()
+        return sum(worker["running"] for worker in status["memory"]["workers"])
+
     assert all(asyncio.run(run()))
-    with urllib.request.urlopen(f"{served.base_url}/localaid/status") as answer:
-        status = json.load(answer)
-    running = [worker["running"] for worker in status["memory"]["workers"]]
-    assert sum(running) == 0, status
+    assert asyncio.run(count_running()) == 0
 
 
 def test_openai_errors(client: openai.OpenAI) -> None:
