@@ -9328,6 +9328,7 @@ DEFAULT_BATCH_TOKENS: Final = 512  # in one decode: longer ones gain nothing on 
 WARMUP_TOKENS: Final = 8
 MAX_PIECE_BYTES: Final = 64 * 1024  # of one token
 NEGATIVE_INFINITY: Final = float("-inf")
+FEW_TOKENS: Final = 8  # so many are found sooner by looking for the highest again and again than by a partition
 
 
 class TokenMatcher(Protocol):
@@ -9851,13 +9852,21 @@ class Engine:
         `row` counts the outputs of the last plan, `rows` is their number.
         """
         np = self._np
-        logits = self.logits(rows)[row].astype(np.float64)
-        highest = logits.max()
-        logits -= highest + np.log(np.exp(logits - highest).sum())
-        if not top:
-            return logits, []
-        best = np.argpartition(-logits, top)[:top]
-        return logits, best[np.argsort(-logits[best], kind="stable")].tolist()
+        logits = self.logits(rows)[row]
+        logprobs = logits - logits.max()
+        logprobs -= np.log(np.exp(logprobs).sum(dtype=np.float64))  # the terms are small, their sum is not
+        if top > FEW_TOKENS:
+            best = np.argpartition(logprobs, -top)[-top:]
+            return logprobs, best[np.argsort(-logprobs[best], kind="stable")].tolist()
+        likeliest: list[int] = []
+        values = []
+        for _ in range(top):
+            token = int(logprobs.argmax())
+            likeliest.append(token)
+            values.append(logprobs[token])
+            logprobs[token] = NEGATIVE_INFINITY
+        logprobs[likeliest] = values
+        return logprobs, likeliest
 
 
 class LlamaLog:

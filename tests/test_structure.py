@@ -92,7 +92,7 @@ LONG_SECTIONS: dict[str, tuple[int, str]] = {  # section -> (its own limit, why 
     "PROMPT": (850, "the guards that a stranger's template needs, and every fallback"),
     "BATCH": (750, "the planner and the prefix tree belong together: each step goes through both"),
     "ENGINE": (650, "everything that touches a context of llama.cpp"),
-    "CONSTRAIN": (720, "a schema is checked for what cannot be held, and GBNF is read, before either can do harm"),
+    "CONSTRAIN": (760, "a schema is checked for what cannot be held, and GBNF is read, before either can do harm"),
     "WORKER": (640, "the two threads of a model's process share their table"),
     "INDEX": (1100, "the folder watch, the hash threads, the digest cache and the listing, which share their structs"),
     "SUPERVISOR": (900, "one owner for each worker from its queue to its process's end"),
