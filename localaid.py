@@ -53,10 +53,12 @@ import ctypes
 import dataclasses
 import difflib
 import errno
+import faulthandler
 import fnmatch
 import fractions
 import functools
 import gc
+import grp
 import hashlib
 import heapq
 import hmac
@@ -67,6 +69,7 @@ import json
 import logging
 import math
 import os
+import pwd
 import queue
 import re
 import shutil
@@ -80,6 +83,7 @@ import threading
 import time
 import urllib.parse
 import warnings
+import weakref
 import zlib
 from collections import deque
 from collections.abc import (
@@ -92,6 +96,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
     Sequence,
 )
 from collections.abc import Set as AbstractSet
@@ -185,6 +190,8 @@ if TYPE_CHECKING:
 #   EncodingUnsupported           415 unsupported_encoding    section 16
 #   BodyTooSlow                   408 request_timeout         section 16
 #   OpenWithoutKeys               500                         section 17: anybody could use it from outside
+#   SocketUnusable                500                         section 17: one that systemd has passed
+#   FolderUnusable                500                         section 17: it cannot be read or written, and why
 
 
 @dataclass(eq=False)
@@ -394,6 +401,7 @@ class ShuttingDown(LocalaidError):
 
     status: ClassVar[int] = 503
     code: ClassVar[str | None] = "shutting_down"
+    retry_after_s: ClassVar[float] = 5.0  # that a restart takes, and a little more
 
     def __str__(self) -> str:
         """Return the sentence for the user."""
@@ -839,6 +847,35 @@ class CannotListen(LocalaidError):
 
 
 @dataclass(eq=False)
+class SocketUnusable(LocalaidError):
+    """A socket that systemd has passed is not what localaid takes."""
+
+    name: str
+    problem: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"cannot use the socket {self.name!r} that systemd has passed: it {self.problem}; give its .socket unit "
+            "ListenStream= and FileDescriptorName=http, or control."
+        )
+
+
+@dataclass(eq=False)
+class FolderUnusable(LocalaidError):
+    """A folder cannot be read or written as it must be."""
+
+    folder: str
+    problem: str  # continues "FOLDER: user NAME "
+    user: str
+    fix: str  # a command, or a line of a unit
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"{self.folder}: user {self.user} {self.problem}; {self.fix}"
+
+
+@dataclass(eq=False)
 class OpenWithoutKeys(LocalaidError):
     """Without API keys, anybody who can reach the address could use the models."""
 
@@ -1089,6 +1126,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     cors_origins: tuple[str, ...] = ()  # of web pages that may ask from browsers; "*": all
     body_limit_bytes: int = 64 * 1024**2  # of a request, unpacked
     body_timeout_s: float = 120.0  # until a request's body is complete
+    drain_s: float = 60.0  # that running requests have to come to their end when localaid stops
+    stall_s: float = 300.0  # that a worker may be silent over a request before it is replaced
 
 
 # -- YAML text -> nodes --
@@ -1640,6 +1679,8 @@ _KINDS: Final[dict[str, _Kind]] = {
     "cors_origins": _Kind(parse_origin, is_list=True, may_be_empty=True),
     "body_limit_bytes": _Kind(parse_size),
     "body_timeout_s": _Kind(parse_timeout),
+    "drain_s": _Kind(parse_duration),
+    "stall_s": _Kind(parse_timeout),
     "api_keys": _Kind(str, read=_read_api_keys),
     "key_name": _Kind(parse_key_name),  # from here on: one of the API keys
     "key_digest": _Kind(parse_key),
@@ -1697,6 +1738,8 @@ _SETTINGS_KEYS: Final[_Table] = {
     **_same("api_keys", "api_keys_file", "allow_without_keys", "metrics", "control", "cors_origins"),
     "body_limit": "body_limit_bytes",
     "body_timeout": "body_timeout_s",
+    "drain": "drain_s",
+    "stall": "stall_s",
 }
 _API_KEY_KEYS: Final[_Table] = {"name": "key_name", "key": "key_digest", "model": "key_model", "names": "key_names"}
 
@@ -11464,6 +11507,7 @@ def _parse_output(
 
 
 PR_SET_PDEATHSIG: Final = 1  # prctl(2)
+WORKER_OOM_SCORE: Final = 500  # of -1000, never, to 1000, first; the daemon's unit says -200
 
 
 def _die_with_the_daemon() -> None:
@@ -11474,10 +11518,18 @@ def _die_with_the_daemon() -> None:
         sys.exit(0)  # it had gone before
 
 
+def _die_before_the_daemon() -> None:
+    """Let the kernel choose this process, not the daemon, when memory runs out: what it holds can be loaded again."""
+    with contextlib.suppress(OSError):  # a container may not let it
+        score = Path("/proc/self/oom_score_adj")
+        score.write_text(str(max(int(score.read_text()), WORKER_OOM_SCORE)))
+
+
 def run_worker(fd: int) -> int:
     """Serve the daemon over an inherited socket; the body of `localaid worker`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then stops its workers in order
     _die_with_the_daemon()
+    _die_before_the_daemon()
     with socket.socket(fileno=fd) as connection:
         try:
             return Worker(connection).run()
@@ -11547,6 +11599,11 @@ class FolderWatch:
         self._awaited: dict[int, dict[str, set[str]]] = {}  # watch -> name in it -> roots and links that lead there
         self._unwatched: dict[tuple[int, int], int] = {}  # (device, inode) -> what stands for a watch
         self._warned = False
+
+    @property
+    def folders(self) -> int:
+        """How many folders have been found."""
+        return len(self._folders)
 
     async def batches(self) -> AsyncGenerator[FolderChanges, None]:
         """Yield what is there, then each change as soon as the kernel tells of it.  To be closed (`aclosing`)."""
@@ -12132,6 +12189,11 @@ class ModelIndex:
                 timer.cancel()
         await asyncio.to_thread(self._plan_save())
 
+    @property
+    def folders(self) -> int:
+        """How many folders are watched."""
+        return self._watch.folders
+
     def info(self, sha256: str) -> ModelInfo | None:
         """Return what the header of a model says; None: no such file is there."""
         return self._infos.get(sha256)
@@ -12476,6 +12538,8 @@ STOP_LIMIT_S: Final = 10.0  # from the Stop frame to SIGTERM
 TERM_LIMIT_S: Final = 2.0  # from SIGTERM to SIGKILL; also from the end of the socket to SIGKILL
 STALL_LIMIT_S: Final = 600.0  # a load without progress for so long, and ...
 STALL_BYTES_PER_S: Final = 50e6  # ... as long as the slowest disk needs for the model, has hung
+DEFAULT_STALL_S: Final = 300.0  # a worker that says nothing of its requests for so long has hung
+STUCK_S: Final = 30.0  # a worker that has not even gone so long after it was killed is beyond our means
 RATE_WINDOW: Final = 32  # requests that the service rate is measured on
 RETRY_AFTER_LIMIT_S: Final = 600.0
 # As a module (-m) the program is read from its cached bytecode; as a script it is compiled at every start, in 0.15 s.
@@ -12862,7 +12926,9 @@ class WorkerOwner:
         self._pump_due = False
         self._refusal: str | None = None  # why the model cannot be loaded, in the worker's words
         self._began = 0.0  # when the process was started
-        self._stall: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None  # of the load
+        self._heard = 0.0  # when the process last said something, or got its first request
+        self._hang: asyncio.TimerHandle | None = None  # looks at `_heard` while there are requests
 
     # -- requests --
 
@@ -12883,6 +12949,7 @@ class WorkerOwner:
         self._supervisor.react(self._table.requested(self.key, file, size_bytes, keep_alive_s, now))
         if generation.error is not None:
             raise generation.error
+        self._supervisor.tell()
         self._schedule_pump()
 
     @property
@@ -12944,11 +13011,15 @@ class WorkerOwner:
 
     def _hand_over(self, generation: Generation, now: float) -> bytes:
         """Count a task among those inside the worker; return the frame to send."""
+        if not self._running:
+            self._heard = now
         self._running[generation.id] = generation
+        self._watch_for_hang()
         self._sequences += generation.n
         self._replies += not generation.n
         self._rate.note_busy(now)
         self._supervisor.react(self._table.started(self.key, now))
+        self._supervisor.tell()
         return generation.frame
 
     def _finish(self, generation: Generation, *, served: bool) -> None:
@@ -12959,12 +13030,14 @@ class WorkerOwner:
         now = self._loop.time()
         self._rate.note_end(now, idle=not self._running)
         self._supervisor.react(self._table.finished(self.key, generation.keep_alive_s, now, served=served))
+        self._supervisor.tell()
         self._schedule_pump()
 
     # -- messages --
 
     def _receive(self, messages: list[FromWorker]) -> None:
         """Take what the worker sent."""
+        self._heard = self._loop.time()
         for message in messages:
             match message:
                 case Step():
@@ -12981,6 +13054,7 @@ class WorkerOwner:
                         self._finish(generation, served=True)
                 case Loading():
                     self.progress = message.progress
+                    self._supervisor.tell()
                     self._watch_for_stall()
                 case Loaded():
                     self._note_loaded(message)
@@ -13075,7 +13149,30 @@ class WorkerOwner:
             why = f"was ended: its load made no progress for {limit_s:.0f} s"
             self._stall = self._loop.call_later(limit_s, self.process.kill, why)
 
+    def _watch_for_hang(self) -> None:
+        """Kill a worker that has had requests, and said nothing, for too long; look again where it is not that long."""
+        if self._hang is not None:
+            return
+        left_s = self._supervisor.stall_s - self.silent_s(self._loop.time())
+        if left_s > 0:
+            self._hang = self._loop.call_later(left_s, self._note_hang_due)
+        elif self.process is not None:
+            why = f"was ended: it said nothing of its {len(self._running)} requests for {self._supervisor.stall_s:g} s"
+            self.process.kill(why)
+
+    def _note_hang_due(self) -> None:
+        self._hang = None
+        if self._running and self.process is not None:
+            self._watch_for_hang()
+
+    def silent_s(self, now: float) -> float:
+        """Return for how long the process has said nothing of the requests that it has; 0: it has none."""
+        return now - self._heard if self._running and self.process is not None else 0.0
+
     def _clear_stall(self) -> None:
+        if self._hang is not None:
+            self._hang.cancel()
+            self._hang = None
         if self._stall is not None:
             self._stall.cancel()
             self._stall = None
@@ -13144,6 +13241,7 @@ class Supervisor:
         budget_bytes: int,
         queue_size: int = 64,
         keep_alive_s: float = DEFAULT_KEEP_ALIVE_S,
+        stall_s: float = DEFAULT_STALL_S,
         worker_argv: Sequence[str] | None = None,
         on_change: Callable[[], None] | None = None,
         turn_s: float = TURN_S,
@@ -13151,11 +13249,13 @@ class Supervisor:
     ) -> None:
         """Start without workers.
 
-        `budget_bytes`: memory of all workers.  `queue_size`: waiting requests of one worker.  `worker_argv`: the
-        command, to which `--fd N` is appended.  `on_change` is called when a worker's state has changed.
+        `budget_bytes`: memory of all workers.  `queue_size`: waiting requests of one worker.  `stall_s`: a worker that
+        has requests and is silent for so long is replaced.  `worker_argv`: the command, to which `--fd N` is appended.
+        `on_change` is called when something that `status` shows has changed.
         """
         self.queue_size = queue_size
         self.keep_alive_s = keep_alive_s
+        self.stall_s = stall_s
         self.worker_argv = worker_argv or (sys.executable, "-P", "-m", Path(__file__).stem, "worker")
         self.loaded: frozenset[str] = frozenset()  # SHA-256 of the models in memory; replaced in one assignment
         self._loop = asyncio.get_running_loop()
@@ -13218,19 +13318,34 @@ class Supervisor:
             workers=tuple(owner.status(self.table.row(key), now) for key, owner in self._owners.items()),
         )
 
-    async def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
-        """End all workers: who waits is refused, who runs has `limit_s` to come to the end."""
+    @property
+    def stuck(self) -> tuple[str, ...]:
+        """The files of workers that have hung, and could not be ended either."""
+        now, limit_s = self._loop.time(), self.stall_s + STUCK_S
+        return tuple(owner.target.file for owner in self._owners.values() if owner.silent_s(now) > limit_s)
+
+    def refuse(self) -> None:
+        """Take no more requests, and refuse those that wait; those that run go on."""
         self._stopping = True
         self._arm()
-        tasks = []
         for owner in self._owners.values():
             owner.refuse(ShuttingDown())
+
+    async def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
+        """End all workers: who waits is refused, who runs has `limit_s` to come to the end."""
+        self.refuse()
+        tasks = []
+        for owner in self._owners.values():
             if owner.task is not None and not owner.task.done():
                 owner.stop("localaid stops", limit_s)
                 tasks.append(owner.task)
         await asyncio.gather(*tasks)
 
     # -- for the owners --
+
+    def tell(self) -> None:
+        """Say that something has changed which `status` shows: a count of requests, the progress of a load."""
+        self._on_change()
 
     def is_stopping(self, owner: WorkerOwner) -> bool:
         """Return whether the end of this owner's process is wanted."""
@@ -13599,6 +13714,8 @@ class State(Protocol):
     supervisor: Supervisor
     responses: ResponseStore  # that clients may still name
     is_ready: bool  # whether the folders have been read
+    is_draining: bool  # whether localaid stops, and takes no more requests
+    control_addresses: frozenset[str]  # of unix sockets for members of the service's group: they need no key there
 
     @property
     def inventory(self) -> Inventory:
@@ -14549,6 +14666,9 @@ def admit(state: State, route: Route, http: web.Request) -> ApiKey | None:
     """Return whose key a request shows; None where none is needed.  Raises `KeyRefused`, `KeyConfined`."""
     settings, access = state.settings, route.access
     level = {"metrics": settings.metrics, "control": settings.control}.get(access, access)
+    address = http.transport.get_extra_info("sockname") if http.transport is not None else None
+    if access != "key" and isinstance(address, str) and address in state.control_addresses:
+        return None  # whom the socket's mode lets in
     if level == "off":
         raise RouteNotFound(http.method, http.path)
     if level == "open" or not state.keyring.keys:
@@ -14567,6 +14687,9 @@ async def serve_route(state: State, route: Route, http: web.Request) -> web.Stre
     visit = http[VISIT]
     visit.route = route.label
     visit.key = admit(state, route, http)
+    if state.is_draining and route.access == "key":
+        await read_body(state, http)  # else closing the connection would reset it, and the answer might not arrive
+        raise ShuttingDown
     return await route.handle(state, http)
 
 
@@ -14654,9 +14777,10 @@ async def handle_healthz(_state: State, _http: web.Request) -> web.Response:
 
 async def handle_readyz(state: State, _: web.Request) -> web.Response:
     """GET /readyz: the folders have been read."""
-    if state.is_ready:
+    if state.is_ready and not state.is_draining:
         return web.Response(text="ready\n")
-    return web.Response(status=HTTPStatus.SERVICE_UNAVAILABLE, text="reading the folders\n")
+    why = "stopping\n" if state.is_draining else "reading the folders\n"
+    return web.Response(status=HTTPStatus.SERVICE_UNAVAILABLE, text=why)
 
 
 # -- metrics --
@@ -14885,7 +15009,19 @@ KEY_EVENTS: Final = (  # in the folder of a file with API keys: written, replace
     | inotify_simple.flags.DELETE
     | inotify_simple.flags.ATTRIB
 )
-STOP_DRAIN_S: Final = 30.0  # that running requests have to come to their end when localaid stops
+END_S: Final = 20.0  # for all that comes behind the drain: workers, connections, the digest cache
+FIRST_REQUEST_S: Final = 1.0  # that a connection which was just opened has to send its request when localaid stops
+STATUS_S: Final = 0.5  # between two STATUS= while nothing but counts and percents change
+EXTEND_EVERY_S: Final = 10.0  # while the folders are read at start, systemd is told that this goes on
+EXTEND_S: Final = 60.0  # ... and may take so much longer
+FIRST_FD: Final = 3  # of those that systemd passes
+SO_ACCEPTCONN: Final = 30  # socket(7); Python's module has no name for it
+PASSED_VARIABLES: Final = (
+    *("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID", "WATCHDOG_USEC"),
+)
+CONTROL_SOCKET: Final = "control"  # its name in $RUNTIME_DIRECTORY; as a systemd socket's it is the same
+CONTROL_MODE: Final = 0o660  # who may write to it, the service's group, needs no API key for what it serves
+_HIDDEN_HOMES: Final = ("/home", "/root", "/run/user")  # by ProtectHome=
 _DAEMON_LOG: Final = logging.getLogger("localaid")
 
 
@@ -14937,6 +15073,81 @@ def choose_folders(arguments: argparse.Namespace, settings: Settings, environ: M
         settings=choose_settings_file(arguments, environ),
         shipped=beside if beside.is_dir() else Path(sys.prefix) / SHARED_DATA,
     )
+
+
+class Passed(NamedTuple):
+    """What systemd has handed over with the environment."""
+
+    notifier: sdnotify.SystemdNotifier | None = None
+    http: tuple[socket.socket, ...] = ()
+    control: tuple[socket.socket, ...] = ()
+    watchdog_s: float | None = None  # it must be told more often than that
+
+
+def take_passed(environ: MutableMapping[str, str], pid: int) -> Passed:
+    """Take what systemd passes out of the environment, so that no worker finds it.  Raises `SocketUnusable`.
+
+    sd_listen_fds(3), sd_watchdog_enabled(3), sd_notify(3).
+    """
+    notifier = sdnotify.SystemdNotifier() if environ.get("NOTIFY_SOCKET") else None  # connects now
+    told = {name: environ.pop(name, "") for name in PASSED_VARIABLES}
+    sockets: dict[str, list[socket.socket]] = {"http": [], CONTROL_SOCKET: []}
+    if told["LISTEN_PID"] == str(pid):
+        count = int(told["LISTEN_FDS"] or 0)
+        names = told["LISTEN_FDNAMES"].split(":") if told["LISTEN_FDNAMES"] else ["http"] * count
+        for fd, name in zip(range(FIRST_FD, FIRST_FD + count), names, strict=True):
+            try:
+                passed = socket.socket(fileno=fd)
+                listens = passed.type == socket.SOCK_STREAM and passed.getsockopt(socket.SOL_SOCKET, SO_ACCEPTCONN)
+            except OSError as error:
+                raise SocketUnusable(name=name, problem=error.strerror or str(error)) from error
+            if not listens or name not in sockets:
+                raise SocketUnusable(name=name, problem="has an unknown name" if listens else "does not listen")
+            passed.settimeout(0)
+            passed.set_inheritable(False)
+            sockets[name].append(passed)
+    is_ours = told["WATCHDOG_PID"] in ("", str(pid))
+    watchdog_s = int(told["WATCHDOG_USEC"]) / 1e6 if is_ours and told["WATCHDOG_USEC"] else None
+    return Passed(notifier, tuple(sockets["http"]), tuple(sockets[CONTROL_SOCKET]), watchdog_s)
+
+
+def check_folder(folder: Path, environ: Mapping[str, str], *, writes: bool = False) -> FolderUnusable | None:
+    """Return why a folder cannot be listed, or written, and what to do; None: it can.
+
+    Tells what only looks like a wrong mode: systemd's sandbox, which hides folders or makes them read-only.
+    """
+    unit = "localaid.service" if environ.get("INVOCATION_ID") else ""
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    hidden = unit and any(folder.is_relative_to(home) for home in _HIDDEN_HOMES)
+    unhide = f"ProtectHome= of {unit} hides it: systemctl edit {unit}, [Service], ProtectHome=read-only"
+    for part in (*reversed(folder.parents), folder):
+        try:
+            mode = part.stat().st_mode
+        except FileNotFoundError:
+            problem = f"finds no {part}" if part != folder else "finds no such folder"
+            fix = unhide if hidden else f"make it: install -d -m 2775 -g {_group_name()} {folder}"
+            return FolderUnusable(folder=str(folder), user=user, problem=problem, fix=fix)
+        except OSError as error:  # a link that leads round in circles, a server that is gone
+            return FolderUnusable(folder=str(folder), user=user, problem=f"gets {error.strerror}", fix=f"see {part}")
+        if not stat.S_ISDIR(mode):
+            fix = f"{part} is no folder: move it away, or name another one"
+            return FolderUnusable(folder=str(folder), user=user, problem="cannot list it", fix=fix)
+        may = os.R_OK | os.X_OK if part == folder else os.X_OK
+        if os.access(part, may) and (part != folder or not writes or os.access(part, os.W_OK)):
+            continue
+        verb, bits = ("write to it", "rwx") if os.access(part, may) else ("list it", "rx" if part == folder else "x")
+        fix = f"chgrp {_group_name()} {part} && chmod g+{bits} {part}"
+        if verb == "write to it" and os.statvfs(part).f_flag & os.ST_RDONLY:
+            fix = f"it is mounted read-only{unit and f', by ProtectSystem= of {unit}: add ReadWritePaths={folder}'}"
+        elif hidden and not stat.S_IMODE(mode):
+            fix = unhide
+        owner = f"{part} has mode {stat.S_IMODE(mode):04o}, owner {part.owner()}, group {part.group()}"
+        return FolderUnusable(folder=str(folder), user=user, problem=f"may not {verb} ({owner})", fix=fix)
+    return None
+
+
+def _group_name() -> str:
+    return grp.getgrgid(os.getegid()).gr_name
 
 
 def choose_settings_file(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Path:
@@ -15004,6 +15215,11 @@ class ConfigLayers:
         self._folders = folders
         self._uses: dict[str, frozenset[str]] = {}  # config -> template files that it names
 
+    @property
+    def files(self) -> int:
+        """How many files have been read."""
+        return len(self._uses)
+
     def take(self, changes: FolderChanges) -> bool:
         """Read what has changed; return whether anything had to be read.  Blocking: for a thread."""
         known = set(self._uses)
@@ -15037,7 +15253,7 @@ class ConfigLayers:
 class Daemon:
     """What is in force, and everything that runs; `State` of the HTTP handlers."""
 
-    def __init__(self, folders: Folders, settings: Settings, listen: str) -> None:
+    def __init__(self, folders: Folders, settings: Settings, listen: str, passed: Passed | None = None) -> None:
         """Prepare to serve; call within the event loop."""
         self.folders, self.settings = folders, settings
         self.keyring = load_keyring(settings, folders.settings.parent, os.environ)
@@ -15048,13 +15264,21 @@ class Daemon:
             budget_bytes=_budget_bytes(settings.memory),
             queue_size=settings.queue_size,
             keep_alive_s=settings.keep_alive_s,
-            on_change=self._tell_status,
+            stall_s=settings.stall_s,
+            on_change=self._tell_soon,
         )
         self.index = ModelIndex(
             folders.models, state=folders.state, rescan_s=settings.rescan_s, hash_threads=settings.hash_threads
         )
+        self.is_draining = False
+        self.control_addresses: frozenset[str] = frozenset()
+        self._passed = passed or Passed()
         self._listen_to = listen
         self._listening: tuple[str, ...] = ()
+        self._answered: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()  # connections that have had an answer
+        self._answering = asyncio.Event()  # one more
+        self._paths: list[Path] = []  # of unix sockets that are ours to remove
+        self._folder_problems: tuple[FolderUnusable, ...] = ()
         self._layers = ConfigLayers(folders)
         self._auto: tuple[Rule, ...] = ()
         self._problems: tuple[ConfigProblem, ...] = ()  # of configs
@@ -15066,7 +15290,7 @@ class Daemon:
         self._listings: tuple[Listing, ...] | None = None
         self._declared: dict[str, set[Prompts]] = {}  # sha256 -> prompts that its worker has been told of
         self._changed = asyncio.Event()
-        self._notifier = sdnotify.SystemdNotifier()
+        self._telling: asyncio.TimerHandle | None = None
         self._told = ""
         self._stop = asyncio.Event()
 
@@ -15141,7 +15365,9 @@ class Daemon:
             models=sum(bool(file.serves) for file in self.inventory.files),
             hashing=sum(file.sha256 is None and file.problem is None for file in self.inventory.files),
             rules={layer: layers[layer] for layer in LAYERS},
-            problems=tuple(map(str, (*self._settings_problems, *self._key_problems, *self._problems))),
+            problems=tuple(
+                map(str, (*self._folder_problems, *self._settings_problems, *self._key_problems, *self._problems))
+            ),
             unservable={file.path: file.problem for file in self.inventory.files if file.problem is not None},
             memory=self.supervisor.status(),
         )
@@ -15150,13 +15376,20 @@ class Daemon:
         """Say in one line what happens now."""
         workers = self.supervisor.status().workers
         names = {file.sha256: PurePosixPath(file.relative).name for file in self.inventory.files}
-        parts = [f"{sum(bool(file.serves) for file in self.inventory.files)} models"]
+        count = sum(bool(file.serves) for file in self.inventory.files)
+        parts = [f"{count} model{'s' * (count != 1)}"]
+        if self.is_draining:
+            parts.insert(0, "stopping")
         progress = self.index.progress
         if self.index.hashing and progress.bytes_total:
             percent = progress.bytes * 100 // progress.bytes_total
             parts.append(f"{progress.files_total - progress.files} hashing {percent} %")
-        parts += [f"{names.get(worker.sha256, worker.file)} {worker.state}" for worker in workers]
+        for worker in workers:
+            percent_loaded = f" {worker.progress:.0%}" if worker.state == "loading" else ""
+            name = names.get(worker.sha256, worker.file).removesuffix(".gguf")
+            parts.append(f"{name} {worker.state}{percent_loaded}")
         parts.append(f"{sum(w.running for w in workers)} running, {sum(w.waiting for w in workers)} waiting")
+        parts += [f"cannot use {problem.folder}" for problem in self._folder_problems]
         if self._settings_problems:
             parts.append(f"error in {self.folders.settings}, using the last good settings")
         if self._key_problems:
@@ -15173,7 +15406,19 @@ class Daemon:
         present = frozenset(file.sha256 for file in inventory.files if file.sha256 is not None)
         self.supervisor.retain(present)
         self._auto = auto_rules(inventory.files)
+        if self._folder_problems:  # perhaps it was just that
+            self._check_folders()
         self._replace_table()
+
+    def _check_folders(self) -> None:
+        """See whether each folder can be read, the state's also written; say which cannot, and what to do."""
+        found = [check_folder(folder, os.environ) for folder in (*self.folders.models, self.folders.configs)]
+        found.append(check_folder(self.folders.state, os.environ, writes=True))
+        problems = tuple(problem for problem in found if problem is not None)
+        for problem in problems:
+            if str(problem) not in map(str, self._folder_problems):
+                _DAEMON_LOG.error("%s", problem)
+        self._folder_problems = problems
 
     async def _watch(self, seen: asyncio.Event) -> None:
         """Watch the folders of configs and of API keys, for ever."""
@@ -15223,7 +15468,8 @@ class Daemon:
 
     def reload_settings(self) -> None:
         """Take the settings file anew (SIGHUP); what is broken changes nothing."""
-        self._notifier.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._check_folders()
         try:
             settings = load_settings(self.folders.settings, must_exist=False)
         except ConfigErrors as error:
@@ -15243,7 +15489,7 @@ class Daemon:
             self._replace_table()
         self.reload_keys()
         self._keys_changed.set()  # the files that hold them may be others now
-        self._notifier.notify("READY=1")
+        self._notify("READY=1")
         self._tell_status()
 
     def reload_keys(self) -> None:
@@ -15288,12 +15534,46 @@ class Daemon:
                     inotify.read(timeout=0)
                 self.reload_keys()
 
+    # -- systemd --
+
+    def _notify(self, text: str) -> None:
+        """Tell systemd (sd_notify(3)), which wants UTF-8; sdnotify knows Latin-1 only."""
+        if self._passed.notifier is not None:
+            self._passed.notifier.notify(text.encode("utf-8", "replace").decode("latin-1"))
+
     def _tell_status(self) -> None:
         """Tell systemd what happens now, where that has changed."""
-        text = self._render_state()
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        text = " ".join(self._render_state().split())  # a line break in a file's name would begin another field
         if text != self._told:
             self._told = text
-            self._notifier.notify(f"STATUS={text}")
+            self._notify(f"STATUS={text}")
+        if self.index.hashing:
+            self._tell_soon()
+
+    def _tell_soon(self) -> None:
+        """Tell systemd once of all that changes within STATUS_S."""
+        if self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(STATUS_S, self._tell_status)
+
+    def _feed_watchdog(self, every_s: float) -> None:
+        """Tell systemd that the loop turns; not while a worker has hung and cannot be ended either."""
+        if self.supervisor.stuck:
+            _DAEMON_LOG.critical("the workers of %s have hung and cannot be killed", ", ".join(self.supervisor.stuck))
+        else:
+            self._notify("WATCHDOG=1")
+        asyncio.get_running_loop().call_later(every_s, self._feed_watchdog, every_s)
+
+    async def _extend_start(self, every_s: float = EXTEND_EVERY_S) -> None:
+        """Ask systemd for more time as long as more and more of the folders is read."""
+        seen = -1
+        while True:
+            seen, before = self.index.folders + self._layers.files, seen
+            if seen > before:
+                self._notify(f"EXTEND_TIMEOUT_USEC={int(EXTEND_S * 1e6)}\nSTATUS=reading the folders, {seen} so far")
+            await asyncio.sleep(every_s)
 
     # -- life --
 
@@ -15303,10 +15583,15 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self.reload_settings)
+        if self._passed.watchdog_s is not None:
+            self._feed_watchdog(self._passed.watchdog_s / 2)
         for folder in (self.folders.configs, self.folders.state):
             _make_folder(folder)
+        self._check_folders()
+        app = make_app(self)
+        app.on_response_prepare.append(self._note_answer)
         runner = web.AppRunner(
-            make_app(self),
+            app,
             handler_cancellation=True,
             access_log=None,
             shutdown_timeout=2.0,
@@ -15315,66 +15600,128 @@ class Daemon:
         await runner.setup()
         seen = asyncio.Event()
         configs = asyncio.create_task(self._watch(seen))
+        extending = asyncio.create_task(self._extend_start())
         try:
             self.index.subscribe(self._take_inventory)
             await self.index.start()
             await _wait_first(seen.wait(), configs)
+            extending.cancel()
             self._take_inventory(self.inventory)
             await self._start_listening(runner)
             self.is_ready = True
             gc.freeze()  # what is there now stays; collections need not look at it again
             print(f"localaid: ready on {', '.join(self._listening)}", file=sys.stderr, flush=True)  # noqa: T201
-            self._notifier.notify("READY=1")
+            self._notify("READY=1")
             self._tell_status()
             await _wait_first(self._stop.wait(), configs)
         finally:
+            extending.cancel()
             await self._end(runner, configs)
 
     async def _start_listening(self, runner: web.AppRunner) -> None:
-        """Open the port or the unix socket.  Raises `CannotListen`, `OpenWithoutKeys`."""
-        where = self._listen_to
-        site: web.BaseSite
-        host = ""
-        if where.startswith("unix:"):
-            site = web.UnixSite(runner, where.removeprefix("unix:"))
+        """Take the sockets that systemd passed, or open our own.  Raises `CannotListen`, `OpenWithoutKeys`."""
+        if self._passed.http:
+            for passed in self._passed.http:
+                await self._start_site(web.SockSite(runner, passed), passed.getsockname())
+            where = ", ".join(map(_render_address, runner.addresses))
+            _DAEMON_LOG.info("systemd passed %s; the setting `listen` (%s) is not used", where, self._listen_to)
+        elif self._listen_to.startswith("unix:"):
+            path = self._listen_to.removeprefix("unix:")
+            self._paths.append(Path(path))
+            await self._start_site(web.UnixSite(runner, path), path)
         else:
-            host, _, port = where.rpartition(":")
+            host, _, port = self._listen_to.rpartition(":")
             site = web.TCPSite(runner, host.strip("[]"), int(port))
+            await self._start_site(site, (host.strip("[]"), int(port)))
+        self._listening = tuple(map(_render_address, runner.addresses))
+        control = [*self._passed.control]
+        if not control and "RUNTIME_DIRECTORY" in os.environ:
+            file = Path(os.environ["RUNTIME_DIRECTORY"].split(":")[0], CONTROL_SOCKET)
+            self._paths.append(file)
+            try:
+                control.append(_open_unix(file, CONTROL_MODE))
+            except OSError as error:
+                raise CannotListen(where=f"unix:{file}", problem=error.strerror or str(error)) from error
+        self.control_addresses = frozenset(one.getsockname() for one in control)
+        for one in control:
+            await self._start_site(web.SockSite(runner, one), str(one.getsockname()))
+
+    async def _start_site(self, site: web.BaseSite, address: str | tuple[str, int]) -> None:
+        """Listen; not where others could use the models without a key.  Raises `CannotListen`, `OpenWithoutKeys`."""
+        where = f"unix:{address}" if isinstance(address, str) else f"{_render_host(address[0])}:{address[1]}"
         try:
-            self._is_public = not where.startswith("unix:") and await is_public(host.strip("[]"))
-            if self._is_public and not self.keyring.keys and not self.settings.allow_without_keys:
-                raise OpenWithoutKeys(where=where)
+            if not isinstance(address, str) and await is_public(address[0]):
+                self._is_public = True
+                if not self.keyring.keys and not self.settings.allow_without_keys:
+                    raise OpenWithoutKeys(where=where)
             await site.start()
         except OSError as error:
             raise CannotListen(where=where, problem=error.strerror or str(error)) from error
-        self._listening = tuple(
-            f"unix:{address}" if isinstance(address, str) else f"http://{_render_host(address[0])}:{address[1]}"
-            for address in runner.addresses
-        )
 
     async def _end(self, runner: web.AppRunner, configs: asyncio.Task[None]) -> None:
-        """Stop in order: no new connections, running requests to their end, workers, HTTP, watches."""
-        self._notifier.notify("STOPPING=1\nSTATUS=waiting for running requests")
-        for site in list(runner.sites):
+        """Stop in order: no new requests, running ones to their end, workers, connections, watches.
+
+        Who connects to a socket of systemd's waits there for the next start; who connects to our own is told to come
+        again, until nothing runs any more.
+        """
+        self.is_draining = True
+        limit_s = self.settings.drain_s
+        self._notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int((limit_s + END_S) * 1e6)}")
+        self._tell_status()
+        for passed in self._passed.http:
+            asyncio.get_running_loop().remove_reader(passed)  # accept no more; a server that is closed at once ...
+        await _let_connections_in()  # ... would drop those that asyncio has accepted and not made yet
+        for site in runner.sites if self._passed.http else ():
             await site.stop()
-        await self.supervisor.stop(STOP_DRAIN_S)
+        await self.supervisor.stop(limit_s)
+        for site in runner.sites:
+            await site.stop()
+        await self._wait_for_first_requests(runner)
         await runner.cleanup()
+        for path in self._paths:
+            path.unlink(missing_ok=True)
         configs.cancel()
         await asyncio.wait({configs})
         if self.is_ready:
             await self.index.stop()
+
+    async def _wait_for_first_requests(self, runner: web.AppRunner) -> None:
+        """Let connections that have just been taken from their backlog send their request; it is answered with a 503.
+
+        Those that have had an answer are closed at once: a client that goes on with one knows that this happens.
+        """
+        await _let_connections_in()
+        server = runner.server
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_REQUEST_S):
+                while server is not None and any(self._owes_answer(one) for one in server.connections):
+                    self._answering.clear()
+                    await self._answering.wait()
+
+    def _owes_answer(self, connection: web.RequestHandler) -> bool:
+        return connection.transport is not None and connection.transport not in self._answered
+
+    async def _note_answer(self, http: web.Request, response: web.StreamResponse) -> None:
+        """Take note that a connection gets an answer; none is kept open for more while localaid stops."""
+        if http.transport is not None:
+            self._answered.add(http.transport)
+        self._answering.set()
+        if self.is_draining:
+            response.headers["Connection"] = "close"
+            response.force_close()
 
 
 SETTINGS_STEPS: Final[Mapping[str, Callable[[Daemon, Settings], None]]] = {  # what can change while the daemon runs
     "queue_size": lambda daemon, new: setattr(daemon.supervisor, "queue_size", new.queue_size),
     "keep_alive_s": lambda daemon, new: setattr(daemon.supervisor, "keep_alive_s", new.keep_alive_s),
     "memory": lambda daemon, new: daemon.supervisor.resize(_budget_bytes(new.memory)),
+    "stall_s": lambda daemon, new: setattr(daemon.supervisor, "stall_s", new.stall_s),
     "log_level": lambda _, new: logging.getLogger().setLevel(new.log_level.upper()),
     "prompt_cache_bytes": lambda _daemon, _new: None,  # read whenever a worker starts
     "load": lambda _daemon, _new: None,
     **dict.fromkeys(
         (
-            *("hash_wait_s", "body_limit_bytes", "body_timeout_s"),
+            *("hash_wait_s", "body_limit_bytes", "body_timeout_s", "drain_s"),
             *("api_keys", "api_keys_file", "allow_without_keys", "metrics", "control", "cors_origins"),
         ),
         lambda _daemon, _new: None,  # read at each request, or by `reload_keys`
@@ -15391,6 +15738,12 @@ async def _wait_first(wait: Coroutine[object, object, object], task: asyncio.Tas
         task.result()
 
 
+async def _let_connections_in() -> None:
+    """Let the loop make protocols of the connections that it has accepted: that takes some of its turns."""
+    for _ in range(8):
+        await asyncio.sleep(0)
+
+
 def _budget_bytes(memory: MemoryBudget) -> int:
     if memory.size_bytes is not None:
         return memory.size_bytes
@@ -15399,6 +15752,24 @@ def _budget_bytes(memory: MemoryBudget) -> int:
 
 def _render_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
+
+
+def _render_address(address: str | tuple[str, int]) -> str:
+    """Return a socket's own address as users write it."""
+    return f"unix:{address}" if isinstance(address, str) else f"http://{_render_host(address[0])}:{address[1]}"
+
+
+def _open_unix(path: Path, mode: int) -> socket.socket:
+    """Return a socket that listens at `path`, whose file has `mode` from its first moment.  Raises `OSError`."""
+    path.unlink(missing_ok=True)  # of one that was killed
+    opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o777 & ~mode)
+    try:
+        opened.bind(str(path))
+    finally:
+        os.umask(before)
+    opened.settimeout(0)
+    return opened
 
 
 def _make_folder(folder: Path) -> None:
@@ -15457,8 +15828,11 @@ def run_serve(arguments: argparse.Namespace) -> int:
     start_logging(settings.log_level, os.environ)
     folders = choose_folders(arguments, settings, os.environ)
 
+    passed = take_passed(os.environ, os.getpid())
+    faulthandler.enable()  # systemd's watchdog sends SIGABRT: the log then shows where it hangs
+
     async def serve() -> None:
-        await Daemon(folders, settings, arguments.listen or settings.listen).run()
+        await Daemon(folders, settings, arguments.listen or settings.listen, passed).run()
 
     asyncio.run(serve())
     return 0

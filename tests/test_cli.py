@@ -90,7 +90,7 @@ def test_status_shows_the_daemon_and_says_when_there_is_none(
     """In words and as JSON."""
     served = daemon([tiny_llama])
     listen = served.base_url.removeprefix("http://")
-    assert "1 models" in run("status", "--listen", listen, home=tmp_path).stdout
+    assert ": 1 model, " in run("status", "--listen", listen, home=tmp_path).stdout
     assert json.loads(run("status", "--json", "--listen", listen, home=tmp_path).stdout)["models"] == 1
     served.process.stop()
     gone = run("status", "--listen", listen, home=tmp_path)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +20,8 @@ import msgspec
 import pytest
 
 import localaid
-from conftest import Daemon, StartDaemon
-from localaid import ConfigErrors, Settings, choose_folders, load_memory_bytes, load_settings
+from conftest import PROGRAM, Daemon, StartDaemon
+from localaid import ConfigErrors, Settings, check_folder, choose_folders, load_memory_bytes, load_settings
 from models import place_model, write_tiny_llama, write_tiny_lora
 from processes import is_running
 
@@ -36,6 +39,16 @@ class Notified:
         self.socket.settimeout(60)
         self.heard: list[str] = []
 
+    @classmethod
+    @contextlib.contextmanager
+    def at(cls, path: Path) -> Iterator[Notified]:
+        """Listen at `path` for a while."""
+        one = cls(path)
+        try:
+            yield one
+        finally:
+            one.socket.close()
+
     def until(self, text: str) -> str:
         """Wait for a line that has the text; return it."""
         while True:
@@ -49,9 +62,8 @@ class Notified:
 @pytest.fixture
 def notified(tmp_path: Path) -> Iterator[Notified]:
     """Be systemd's ear."""
-    one = Notified(tmp_path / "notify")
-    yield one
-    one.socket.close()
+    with Notified.at(tmp_path / "notify") as one:
+        yield one
 
 
 def get(served: Daemon, path: str) -> object:
@@ -135,6 +147,149 @@ def test_the_memory_that_is_there_is_no_more_than_the_machines() -> None:
     assert 0 < load_memory_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+# -- what systemd hands over --
+
+
+def test_sockets_and_watchdog_are_taken_out_of_the_environment(tmp_path: Path) -> None:
+    """By name; of another process's nothing is taken, and the workers find nothing."""
+    script = (
+        "import json, os, socket, localaid\n"
+        "os.environ['LISTEN_PID'] = os.environ['WATCHDOG_PID'] = str(os.getpid())\n"
+        "passed = localaid.take_passed(os.environ, os.getpid())\n"
+        "names = [[one.getsockname() for one in part] for part in (passed.http, passed.control)]\n"
+        "left = [name for name in localaid.PASSED_VARIABLES if name in os.environ]\n"
+        "print(json.dumps([names, passed.watchdog_s, left, [one.get_inheritable() for one in passed.http]]))\n"
+    )
+    sockets = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+    for number, one in enumerate(sockets):
+        one.bind(str(tmp_path / f"{number}"))
+        one.listen()
+    environ = {"LISTEN_FDS": "3", "LISTEN_FDNAMES": "http:control:http", "WATCHDOG_USEC": "3000000"}
+    environ |= {"NOTIFY_SOCKET": str(tmp_path / "notify"), "PYTHONPATH": str(PROGRAM.parent)}
+    # The shell lays them out as systemd does: from 3 on.
+    moved = " ".join(f"{10 + at}<&{one.fileno()}" for at, one in enumerate(sockets))
+    laid = " ".join(f"{3 + at}<&{10 + at} {10 + at}<&-" for at in range(3))
+    command = f'exec {moved}; exec {laid}; exec "$0" -c "$1"'
+    ran = subprocess.run(
+        ["bash", "-c", command, sys.executable, script],
+        env={**os.environ, **environ},
+        pass_fds=[one.fileno() for one in sockets],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    paths = [str(tmp_path / f"{number}") for number in range(3)]
+    assert json.loads(ran.stdout) == [[[paths[0], paths[2]], [paths[1]]], 3.0, [], [False, False]]
+    for one in sockets:
+        one.close()
+
+
+def test_what_was_meant_for_another_process_is_not_taken() -> None:
+    """As sd_listen_fds(3) and sd_watchdog_enabled(3) say."""
+    environ = {"LISTEN_PID": "1", "LISTEN_FDS": "2", "WATCHDOG_PID": "1", "WATCHDOG_USEC": "3000000"}
+    passed = localaid.take_passed(environ, os.getpid())
+    assert (passed.http, passed.control, passed.watchdog_s, environ) == ((), (), None, {})
+
+
+class Recorder:
+    """Hears what systemd would."""
+
+    def __init__(self) -> None:
+        """Hear nothing yet."""
+        self.heard: list[str] = []
+        self.changed = asyncio.Event()
+
+    def notify(self, text: str) -> None:
+        """Keep it."""
+        self.heard.append(text)
+        self.changed.set()
+
+
+async def test_a_start_is_extended_only_while_more_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that hangs is ended by TimeoutStartSec."""
+    folders = choose_folders(arguments(state=str(tmp_path)), Settings(), {"HOME": str(tmp_path)})
+    recorder = Recorder()
+    found = iter([0, 3, 3, 3, 9])
+    monkeypatch.setattr(localaid.ModelIndex, "folders", property(lambda _: next(found, 9)))
+    daemon_ = localaid.Daemon(folders, Settings(), "127.0.0.1:0", localaid.Passed(recorder))
+    extending = asyncio.create_task(daemon_._extend_start(every_s=0.0))
+    async with asyncio.timeout(30):
+        while len(recorder.heard) < 3:
+            recorder.changed.clear()
+            await recorder.changed.wait()
+    extending.cancel()
+    assert [text.partition("STATUS=")[2] for text in recorder.heard] == [
+        "reading the folders, 0 so far",
+        "reading the folders, 3 so far",
+        "reading the folders, 9 so far",
+    ]
+    assert all(text.startswith("EXTEND_TIMEOUT_USEC=60000000\n") for text in recorder.heard)
+
+
+async def test_systemd_is_told_in_utf8_and_in_one_line(tmp_path: Path) -> None:
+    """Whatever a file is called."""
+    with Notified.at(tmp_path / "notify") as notified:
+        folders = choose_folders(arguments(state=str(tmp_path)), Settings(), {"HOME": str(tmp_path)})
+        environ = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NOTIFY_SOCKET", environ["NOTIFY_SOCKET"])
+            passed = localaid.take_passed(environ, os.getpid())
+        daemon_ = localaid.Daemon(folders, Settings(), "127.0.0.1:0", passed)
+        problem = localaid.ConfigProblem("/etc/\u043c\u043e\u0439\nREADY=1.yaml", "", "is broken")
+        daemon_._problems = (problem,)
+        daemon_._tell_status()
+        told = "config error in /etc/\u043c\u043e\u0439 READY=1.yaml, leaving it out"
+        assert notified.until("STATUS=").endswith(told)
+        assert passed.notifier is not None
+        passed.notifier.socket.close()
+
+
+# -- folders that cannot be used --
+
+IN_SERVICE = {"INVOCATION_ID": "1"}
+
+
+def test_a_folder_that_can_be_used_is_none_of_these(tmp_path: Path) -> None:
+    """Listed, and written."""
+    assert check_folder(tmp_path, IN_SERVICE, writes=True) is None
+
+
+def test_a_folder_that_is_missing_is_to_be_made(tmp_path: Path) -> None:
+    """Or, below a home and under systemd, to be shown."""
+    missing = check_folder(tmp_path / "none" / "models", {})
+    assert missing is not None
+    assert f"finds no {tmp_path}/none; make it: install -d -m 2775 -g " in str(missing)
+    hidden = check_folder(Path("/home/nobody-has-this/models"), IN_SERVICE)
+    assert hidden is not None
+    assert "ProtectHome= of localaid.service hides it: systemctl edit localaid.service" in str(hidden)
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    """It is named."""
+    (tmp_path / "models").touch()
+    found = check_folder(tmp_path / "models", {})
+    assert found is not None
+    assert str(found).endswith(f"cannot list it; {tmp_path}/models is no folder: move it away, or name another one")
+
+
+def test_modes_are_told_of_with_owner_and_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may everything: what `access` says to others is given."""
+    top = tmp_path / "closed"
+    (top / "models").mkdir(parents=True)
+    top.chmod(0o700)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != top or not mode & os.X_OK)
+    through = check_folder(top / "models", {})
+    assert through is not None
+    assert f"may not list it ({top} has mode 0700, owner " in str(through)
+    assert str(through).endswith(f"{top} && chmod g+x {top}")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != top or not mode & os.W_OK)
+    written = check_folder(top, {}, writes=True)
+    assert written is not None
+    assert f"may not write to it ({top} has mode 0700" in str(written)
+    assert str(written).endswith(f"chmod g+rwx {top}")
+
+
 # -- live --
 
 
@@ -149,7 +304,7 @@ def test_a_broken_config_keeps_its_last_good_version(
     )
     notified.until("READY=1")
     served.write_config("a.yaml", "name: a2\nshas: ['*']\ntop_q: 1\n")
-    assert "a.yaml, using the last good one" in notified.until("STATUS=1 models")
+    assert "STATUS=1 model, " in notified.until("a.yaml, using the last good one")
     assert {"a", "b"} <= names(served)
     assert "a2" not in names(served)
     status = msgspec.convert(get(served, "/localaid/status"), localaid.DaemonStatus)

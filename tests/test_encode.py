@@ -145,6 +145,8 @@ def workers_of(served: Daemon) -> tuple[localaid.WorkerStatus, ...]:
 
 def test_listed_paths_have_routes(served: Daemon, client: openai.OpenAI) -> None:
     """/v1/models names the paths on which each model answers, and no other."""
+    client.embeddings.create(model="minilm", input="x")  # both wait until their file is known
+    client.post("/rerank", body={"model": "reranker", "query": "x", "documents": ["y"]}, cast_to=object)
     paths = {card.id: card.localaid["paths"] for card in client.models.list()}  # type: ignore[attr-defined]
     assert paths["minilm"] == [localaid.EMBEDDINGS]
     assert paths["reranker"] == [localaid.RERANK]

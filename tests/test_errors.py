@@ -19,6 +19,7 @@ from localaid import (
     DemoModelMissing,
     EncodingUnsupported,
     EngineFailed,
+    FolderUnusable,
     GrammarInvalid,
     InfillUnsupported,
     InputTooLong,
@@ -38,6 +39,7 @@ from localaid import (
     RouteNotFound,
     SchemaUnsupported,
     ShuttingDown,
+    SocketUnusable,
     StillHashing,
     TokenUnknown,
     WorkerDied,
@@ -191,6 +193,21 @@ def all_errors() -> list[type[LocalaidError]]:
                 "the daemon on 127.0.0.1:8080 wants an API key that is not confined to some models; give it as "
                 "$LOCALAID_API_KEY or with --api-key."
             ),
+        ),
+        (
+            SocketUnusable(name="web", problem="has an unknown name"),
+            500,
+            None,
+            (
+                "cannot use the socket 'web' that systemd has passed: it has an unknown name; give its .socket unit "
+                "ListenStream= and FileDescriptorName=http, or control."
+            ),
+        ),
+        (
+            FolderUnusable(folder="/m", problem="finds no such folder", user="localaid", fix="make it"),
+            500,
+            None,
+            "/m: user localaid finds no such folder; make it",
         ),
         (
             OpenWithoutKeys(where="0.0.0.0:80"),

@@ -65,7 +65,9 @@ class Bench:
 
     def _note(self) -> None:
         """Keep what a change led to."""
-        self.states.append(tuple(worker.state for worker in self.workers))
+        states = tuple(worker.state for worker in self.workers)
+        if self.states[-1:] != [states]:
+            self.states.append(states)
         self._changed.set()
 
     @property
@@ -340,6 +342,31 @@ async def test_innocent_requests_survive_a_death(bench: Bench, tmp_path: Path) -
     assert await read(bench.ask(target, "log")) == f"silent|silent|die-once {flag}|log"
     bench.ask(target, "release")
     assert [await read(generation) for generation in silent] == ["released", "released"]
+
+
+async def test_a_worker_that_hangs_is_replaced_alone(bench: Bench) -> None:
+    """Its requests get a clear error, or run again; one that says something is left alone."""
+    bench.supervisor.stall_s = 0.3
+    hangs, works = bench.target(), bench.target(name="other")
+    begun = bench.ask(hangs, "hold")
+    await first(begun)
+    assert await read(bench.ask(works, "say 1")) == "0 "
+    before = {worker.file: worker.pid for worker in bench.workers}
+    with pytest.raises(WorkerDied, match=r"said nothing of its 1 requests for 0\.3 s"):
+        await read(begun)
+    assert await read(bench.ask(hangs, "say 1")) == "0 "
+    after = {worker.file: worker.pid for worker in bench.workers}
+    assert [file for file in before if before[file] != after[file]] == [hangs.file]
+
+
+async def test_a_worker_that_cannot_even_be_killed_is_told_of(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watchdog of systemd is not fed then."""
+    begun = bench.ask(bench.target(), "hold")
+    await first(begun)
+    before = bench.supervisor.stuck
+    bench.supervisor.stall_s = 0.0
+    monkeypatch.setattr(localaid, "STUCK_S", 0.0)
+    assert (before, bench.supervisor.stuck) == ((), (bench.target().file,))
 
 
 async def test_what_came_before_a_death_is_read_first(bench: Bench) -> None:
