@@ -1341,7 +1341,8 @@ def _render_node(node: yaml.Node) -> str:
         case yaml.SequenceNode():
             return "a list"
         case _:
-            return "nothing (put it in quotes if the text is meant)" if _is_null(node) else str(node.value)[:60]
+            text = " ".join(str(node.value)[:60].split())  # a problem is one line
+            return "nothing (put it in quotes if the text is meant)" if _is_null(node) else text
 
 
 # -- words -> values: parsers raise ValueError with the problem --

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import localaid
@@ -311,6 +311,7 @@ def test_problems_are_bounded() -> None:
 
 
 @settings(deadline=None)
+@example(b".\n\n!")
 @given(st.binary(max_size=200) | st.text("ab:-*&<>[]{}|'\"#!?%~\n\t ,.019", max_size=80).map(str.encode))
 def test_any_bytes_are_rules_or_problems(document: bytes) -> None:
     """No document raises anything but `ConfigErrors`, and template names never raise."""

@@ -74,7 +74,7 @@ def test_completions_have_every_command_and_option(name: str) -> None:
         commands = set(re.findall(r"__fish_use_subcommand -a (\w+)", text))
     else:
         options = set(re.findall(r"--[a-z][a-z-]+", text))
-        found = re.findall(r"^\s+'(\w+):", text, re.MULTILINE) or re.findall(r"'') options='([^']*)'", text)[0].split()
+        found = re.findall(r"^\s+'(\w+):", text, re.MULTILINE) or re.findall(r"''\) options='([^']*)'", text)[0].split()
         commands = {word for word in found if not word.startswith("-")}
     assert commands == there.keys() - {""}
     assert options == set.union(*there.values())
