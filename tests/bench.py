@@ -62,6 +62,7 @@ CASES = (
     "restart",
     "listed",
     "config",
+    "start",
     "resolve",
 )
 SERVING: tuple[str, ...] = CASES[:6]
@@ -119,6 +120,8 @@ TARGETS: dict[tuple[str, str], tuple[Target, ...]] = {
     ("restart", "read of the files, %"): (Target("<=", 1, relative=False),),
     ("listed", "file closed to listed, ms"): (Target("<=", 100, relative=False),),
     ("config", "saved to in force, ms"): (Target("<=", 100, relative=False),),
+    ("start", "ready, s"): (Target("<=", 1.0, relative=False),),
+    ("start", "idle, MiB"): (Target("<=", 60, relative=False),),
     ("resolve", "10 rules, us"): (Target("<=", 5, relative=False),),
     ("resolve", "1,000 rules, us"): (Target("<=", 5, relative=False),),
     ("resolve", "100,000 rules, us"): (Target("<=", 5, relative=False),),
@@ -574,13 +577,14 @@ def write_settings(folder: Path, settings: dict[str, object]) -> Path:
 
 
 def serve(folder: Path, threads: int) -> LocalaidProcess:
-    """Start localaid on the folders below `folder`."""
+    """Start localaid on the folders below `folder`, as it is installed: its bytecode is cached."""
     for name in ("models", "configs", "state"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     settings = write_settings(folder, {"load": {"threads": threads}, "keep_alive": -1})
     arguments = ["--models", folder / "models", "--configs", folder / "configs", "--state", folder / "state"]
     arguments += ["--settings", settings, "--listen", "127.0.0.1:0"]
-    return LocalaidProcess(PROGRAM, ["serve", *map(str, arguments)])
+    cached = {"PYTHONPATH": str(PROGRAM.parent), "PYTHONDONTWRITEBYTECODE": ""}
+    return LocalaidProcess(PROGRAM.stem, ["serve", *map(str, arguments)], cached)
 
 
 @contextlib.asynccontextmanager
@@ -833,9 +837,12 @@ async def bench_folders(options: Options, table: Table) -> None:
     if "restart" in options.cases:
         for _ in range(options.repeats):
             await _restart(options, folder, len(tiny) * KNOWN_FILES, table)
-    if "config" in options.cases:
+    if {"config", "start"} & set(options.cases):
         for number in range(KNOWN_CONFIGS):
             (folder / "configs" / f"config-{number:04}.yaml").write_text(_config(f"config-{number:04}", number % 1000))
+    for _ in range(options.repeats if "start" in options.cases else 0):
+        await _start(options, folder, table)
+    if "config" in options.cases:
         async with run_localaid(folder, "known-0000", options.threads) as server:
             await _wait_for_all(server)
             for repeat in range(FOLDER_REPEATS):
@@ -877,6 +884,33 @@ async def _restart(options: Options, folder: Path, weights_bytes: int, table: Ta
     more = max(0, read[0] - read[1] - config_bytes - cache_bytes)
     # Sockets, /proc and inotify count as reads too, so that a little is nothing.
     table.add("localaid", "restart", "", {"ready, s": ready_s, "read of the files, %": 100 * more / weights_bytes})
+
+
+async def _start(options: Options, folder: Path, table: Table) -> None:
+    """Start with all known files and configs, and the shipped defaults; what it then holds while nobody asks.
+
+    Also told, without a promise: what it holds with the shipped defaults alone.
+    """
+    figures = {}
+    for top in (folder, options.folder / "empty"):
+        process = serve(top, options.threads)
+        try:
+            await asyncio.to_thread(process.wait_ready)
+            ready_s = time.perf_counter() - process.started
+            server = Server("localaid", int(process.base_url.rpartition(":")[2]), "", process.pid)
+            await wait_until(functools.partial(_hashes_nothing, server), "nothing left to do")
+            with_all = top == folder
+            figures["idle, MiB" if with_all else "idle with no files, MiB"] = _resident_mib(process.pid)
+            if with_all:
+                figures["ready, s"] = ready_s
+        finally:
+            await asyncio.to_thread(process.kill)
+    table.add("localaid", "start", "", figures)
+
+
+def _resident_mib(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
 async def _drop_file(server: Server, folder: Path, tiny: bytes, repeat: int, table: Table) -> None:
@@ -982,7 +1016,7 @@ async def run_all(options: Options, table: Table) -> None:
             await guarded("cold", model.stem, bench_cold(options, model, table))
     if "embed" in options.cases:
         await guarded("embed", "MiniLM", bench_embed(options, table))
-    alone = {"hash": ("hash",), "folders": ("restart", "listed", "config"), "resolve": ("resolve",)}
+    alone = {"hash": ("hash",), "folders": ("restart", "listed", "config", "start"), "resolve": ("resolve",)}
     runs = {"hash": bench_hash, "folders": bench_folders, "resolve": bench_resolve}
     for name, cases in alone.items():
         if not options.only_peer and set(cases) & set(options.cases):

@@ -28,9 +28,13 @@ class LocalaidProcess:
     `base_url` is where it answers ("http://127.0.0.1:PORT", without a slash at the end), or "unix:PATH".
     """
 
-    def __init__(self, program: Path, arguments: Sequence[str], env: Mapping[str, str] | None = None) -> None:
-        """Start `python PROGRAM ARGUMENTS...` in a process group of its own; `env` comes on top of this environment."""
-        self.command = [sys.executable, str(program), *arguments]
+    def __init__(self, program: Path | str, arguments: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        """Start `python PROGRAM ARGUMENTS...` in a process group of its own; `env` comes on top of this environment.
+
+        The name of a module, a text, is started as installed programs are: from its cached bytecode.
+        """
+        start = ["-m", program] if isinstance(program, str) else [str(program)]
+        self.command = [sys.executable, *start, *arguments]
         self.started = time.perf_counter()
         self.process = subprocess.Popen(
             self.command,
