@@ -3,7 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "aiohttp", "msgspec", "pyyaml", "llama-cpp-python", "inotify-simple", "sdnotify", "jinja2", "llguidance",
-#   "prometheus-client",
+#   "prometheus-client", "cryptography", "rich",
 # ]
 # ///
 """localaid: drop model files into one folder and YAML into another; every OpenAI client then works.
@@ -13,19 +13,23 @@ above its own; `grep '^# == ' localaid.py` prints the contents, and each banner 
 
      0 HEAD       imports, and what to import from here          10 WIRE        frames between daemon and worker
      1 ERRORS     every way to fail, each with its remedy        -- here I/O starts --
-     2 CONFIG     three spellings of a config -> Rule            11 ENGINE      llama.cpp's low-level API
-     3 TABLE      rules -> table; resolve a path and a name         a CONSTRAIN grammars and schemas -> next tokens
-     4 GGUF       header of a model file -> ModelInfo               b EMBED     texts -> vectors and scores
-     5 API        OpenAI's requests and responses                12 WORKER      the process of one loaded model
-        a VECTORS    embeddings, rerank, tokens                  13 INDEX       which files are there, their SHAs
-        b RESPONSES  /v1/responses <-> a chat                    14 FETCH       default configs, weights from the web
-        c ANTHROPIC  /v1/messages <-> a chat                     15 SUPERVISOR  queues, loads and ends of workers
-        d TOOLS      formats of tool calls and reasoning            a ACCESS    API keys, origins, metrics
-     6 PROMPT     messages -> text                               16 HTTP        jobs, streams, chats, completions
-     7 OUTPUT     token bytes -> text, reasoning, calls             a ENCODE    embeddings, rerank, token routes
-     8 BATCH      which tokens go into the next decode              b DIALECTS  /v1/responses and /v1/messages
-     9 LIFECYCLE  which model to load, keep or evict                c ROUTES    every address, and /openapi.json
-                                                                 17 DAEMON      reload, systemd, signals
+     2 CONFIG     three spellings of a config -> Rule               a LOG       lines for people, journal, programs
+     3 TABLE      rules -> table; resolve a path and a name      11 ENGINE      llama.cpp's low-level API
+        a CATALOG    every name and file, what is missing           a CONSTRAIN grammars and schemas -> next tokens
+        b CHANNEL    index and signature of a channel               b EMBED     texts -> vectors and scores
+        c DIFF       what a layer hides, what changes            12 WORKER      the process of one loaded model
+     4 GGUF       header of a model file -> ModelInfo            13 INDEX       which files are there, their SHAs
+     5 API        OpenAI's requests and responses                14 FETCH       default configs from the web, signed
+        a VECTORS    embeddings, rerank, tokens                     a PULL      weights from the web, by their SHA
+        b RESPONSES  /v1/responses <-> a chat                    15 SUPERVISOR  queues, loads and ends of workers
+        c ANTHROPIC  /v1/messages <-> a chat                        a ACCESS    API keys, origins, metrics
+        d TOOLS      formats of tool calls and reasoning         16 HTTP        jobs, streams, chats, completions
+     6 PROMPT     messages -> text                                  a ENCODE    embeddings, rerank, token routes
+     7 OUTPUT     token bytes -> text, reasoning, calls             b DIALECTS  /v1/responses and /v1/messages
+     8 BATCH      which tokens go into the next decode              c ROUTES    every address, and /openapi.json
+     9 LIFECYCLE  which model to load, keep or evict             17 DAEMON      reload, systemd, signals
+                                                                    a VIEWS     status, list ... as tables
+                                                                    b DOCTOR    what is wrong here, and what to do
     (5a is a part of what the design has as section 5)           18 CLI         serve, check, explain, list, pull ...
 
     models folder --INDEX--> Inventory --.                        .--> Supervisor --WIRE--> worker process
@@ -47,13 +51,16 @@ import asyncio
 import binascii
 import codecs
 import collections
+import concurrent.futures
 import contextlib
 import contextvars
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import errno
 import faulthandler
+import fcntl
 import fnmatch
 import fractions
 import functools
@@ -71,7 +78,10 @@ import math
 import os
 import pwd
 import queue
+import random
 import re
+import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -103,7 +113,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path, PurePosixPath
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -149,6 +159,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    import aiohttp
     import llguidance
     import numpy as np
     import prometheus_client
@@ -187,11 +198,31 @@ if TYPE_CHECKING:
 #   ShuttingDown                  503 shutting_down           section 15
 #   KeyRefused                    401 invalid_api_key         section 16c
 #   KeyConfined                   403 key_confined            section 16c
+#   OriginRefused                 403 origin_refused          section 16c: a web page
 #   EncodingUnsupported           415 unsupported_encoding    section 16
 #   BodyTooSlow                   408 request_timeout         section 16
 #   OpenWithoutKeys               500                         section 17: anybody could use it from outside
 #   SocketUnusable                500                         section 17: one that systemd has passed
 #   FolderUnusable                500                         section 17: it cannot be read or written, and why
+#   NothingToPull                 404 nothing_to_pull         section 3: no rule says where it can be had
+#   PullOff                       409 pull_off                section 16c: the settings forbid it
+#   PullFailed                    503 pull_failed             section 14a, has retry_after_s
+#     SourceFailed                503 pull_failed             section 14a: of one mirror; the next one is tried
+#     WeightsMismatch             503 pull_failed             section 14a: what came has another SHA
+#     NoRoom                      503 pull_failed             section 14a: on the disk
+#     NoModelsFolder              503 pull_failed             section 14a: none can be written
+#   StillDownloading              503 model_downloading       section 16, has retry_after_s
+#   UpdateFailed                  503 update_failed           section 14: of one channel; what is in force stays
+#     ChannelUnreachable          503 update_failed           ... nothing, or too little, came from its server
+#     ChannelTooLarge             503 update_failed           ... more than is taken
+#     SignatureWrong              503 update_failed           ... its index is not signed by its key
+#     ChannelDowngraded           503 update_failed           ... it would go back
+#     ChannelInvalid              503 update_failed           ... what is signed cannot be used
+#     ChannelNotKept              503 update_failed           ... the state folder does not take it
+#   UpdateBusy                    409 update_busy             section 14: another process updates
+#   NoChannels                    409 no_channels             section 14: the settings name none
+#   KeyFileUnusable               500                         section 14: of who publishes
+#   CannotPublish                 500                         section 14: a folder that is not fit to be a channel
 
 
 @dataclass(eq=False)
@@ -269,9 +300,12 @@ class ModelNotFound(LocalaidError):
             return f"{what}: {'; '.join(self.unfit[:_NAMED_AT_MOST])}; `localaid explain` shows why."
         if self.missing:
             more = f" (and {len(self.missing) - _NAMED_AT_MOST} more)" if len(self.missing) > _NAMED_AT_MOST else ""
-            where = f"; to be had from {', '.join(self.urls[:_NAMED_AT_MOST])}" if self.urls else ""
             missing = ", ".join(self.missing[:_NAMED_AT_MOST]) + more
-            return f"{what}: no file is there for {missing}; put one into a models folder{where}."
+            if not self.urls:
+                return f"{what}: no file is there for {missing}; put one into a models folder."
+            fetch = f"`localaid pull {shlex.quote(self.name[:100])}` fetches one"
+            where = ", ".join(self.urls[:_NAMED_AT_MOST])
+            return f"{what}: no file is there for {missing}; {fetch}, or put it into a models folder, from {where}."
         if self.other_paths:
             return f"{what}, only on {', '.join(self.other_paths)}; ask there, or add the path to its rule."
         if self.nearest:
@@ -788,6 +822,24 @@ class KeyConfined(LocalaidError):
 
 
 @dataclass(eq=False)
+class OriginRefused(LocalaidError):
+    """A web page asked for what changes something."""
+
+    status: ClassVar[int] = 403
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "origin_refused"
+
+    origin: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"Web pages of {self.origin[:200]!r} may not do this; list them under `cors_origins` in the settings if "
+            "they should."
+        )
+
+
+@dataclass(eq=False)
 class StillHashing(LocalaidError):
     """The file that may be meant is being hashed, and that takes longer than a request waits."""
 
@@ -801,6 +853,282 @@ class StillHashing(LocalaidError):
     def __str__(self) -> str:
         """Return the sentence for the user."""
         return f"The model {self.name!r} may be {', '.join(self.files[:3])}, still being hashed; ask again in a while."
+
+
+# -- PULL --
+
+
+@dataclass(eq=False)
+class NothingToPull(LocalaidError):
+    """A name, or a SHA, that no rule has an address for."""
+
+    status: ClassVar[int] = 404
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "nothing_to_pull"
+    param: ClassVar[str | None] = "name"
+
+    name: str
+    reason: str  # continues "NAME cannot be fetched: "
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"{self.name[:100]!r} cannot be fetched: {self.reason}."
+
+
+@dataclass(eq=False)
+class PullOff(LocalaidError):
+    """The settings say that localaid fetches no weights."""
+
+    status: ClassVar[int] = 409
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "pull_off"
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return "localaid fetches no weights here; set `pull: manual`, or on-demand, in the settings."
+
+
+@dataclass(eq=False)
+class PullFailed(LocalaidError):
+    """A download that has come to its end without a file."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str | None] = "pull_failed"
+
+    file: str
+    problem: str
+    retry_after_s: float  # until a request makes localaid try again
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"{self.file} could not be downloaded: {self.problem}."
+
+
+@dataclass(eq=False)
+class SourceFailed(LocalaidError):
+    """One mirror did not give what it should; another one may."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str | None] = "pull_failed"
+
+    url: str
+    problem: str
+    is_final: bool = False  # asking it again is of no use
+    wait_s: float = 0.0  # that it wants to be left alone
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"{self.url} {self.problem}"
+
+
+@dataclass(eq=False)
+class WeightsMismatch(LocalaidError):
+    """What was downloaded is not what the rule names."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str | None] = "pull_failed"
+
+    url: str
+    wanted: str
+    found: str
+    kept: str  # where it lies now, never to be served
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"{self.url} gave {self.found} where {self.wanted} was wanted; it is kept as {self.kept} and not served: "
+            "correct the rule if this is the file that you want, or else delete it"
+        )
+
+
+@dataclass(eq=False)
+class NoRoom(LocalaidError):
+    """A disk that a download does not fit on."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str | None] = "pull_failed"
+
+    folder: str
+    needed_bytes: int  # with what must stay free
+    free_bytes: int  # without what other downloads will take
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"{self.folder} needs {self.needed_bytes >> 20} MiB of free space and has {max(0, self.free_bytes) >> 20} "
+            "MiB; make room, or add a models folder on another disk, and pull again"
+        )
+
+
+@dataclass(eq=False)
+class NoModelsFolder(LocalaidError):
+    """No models folder can be written."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str | None] = "pull_failed"
+
+    problems: list[str]  # "FOLDER: why"
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        why = "; ".join(self.problems)
+        return f"no models folder can be written ({why}); let localaid write to one, or add one with --models"
+
+
+@dataclass(eq=False)
+class StillDownloading(LocalaidError):
+    """The weights that are meant are on their way, and that takes longer than the request waits."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str | None] = "model_downloading"
+
+    name: str
+    progress: str  # "a.gguf: 41 % of 386 MB, 12.3 MB/s"
+    retry_after_s: float  # measured
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"The model {self.name[:100]!r} is being downloaded ({self.progress}); ask again in "
+            f"{max(1, math.ceil(self.retry_after_s))} s, or ask for a stream, which waits."
+        )
+
+
+# -- FETCH --
+
+
+@dataclass(eq=False)
+class UpdateFailed(LocalaidError):
+    """A channel could not be updated; the last good set of its configs stays in force."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str | None] = "update_failed"
+
+    channel: str
+    problem: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"channel {self.channel}: {self.problem}; what is in force stays, `localaid update` tries again."
+
+
+@dataclass(eq=False)
+class ChannelUnreachable(UpdateFailed):
+    """The channel's server gave nothing, or not all, or too slowly."""
+
+    retry_after_s: float = 0.0  # that it wants to be left alone
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"channel {self.channel}: {self.problem}; what is in force stays, and localaid asks again by itself: if "
+            "that does not help, check the network, the proxy, and `updates` in the settings."
+        )
+
+
+@dataclass(eq=False)
+class ChannelTooLarge(UpdateFailed):
+    """The channel's server sends more than is taken."""
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"channel {self.channel}: {self.problem}; what is in force stays, its owner has to make it smaller."
+
+
+@dataclass(eq=False)
+class SignatureWrong(UpdateFailed):
+    """The index is not signed by the channel's key."""
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"channel {self.channel}: {self.problem}; what is in force stays, and nothing of this is used: unless it "
+            "was just being published, compare `public_key` in the settings with what the channel's owner says."
+        )
+
+
+@dataclass(eq=False)
+class ChannelDowngraded(UpdateFailed):
+    """The index is older than what is in force, or another one of the same serial."""
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"channel {self.channel}: {self.problem}; what is in force stays: somebody may be holding updates back, or "
+            "else the channel's owner has to publish with a higher --serial."
+        )
+
+
+@dataclass(eq=False)
+class ChannelInvalid(UpdateFailed):
+    """What the channel's key has signed cannot be used."""
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"channel {self.channel}: {self.problem}; what is in force stays, its owner has to correct that."
+
+
+@dataclass(eq=False)
+class ChannelNotKept(UpdateFailed):
+    """What was fetched cannot be written."""
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"channel {self.channel}: {self.problem}; what is in force stays: see that localaid may write to its state "
+            "folder and that the disk has room."
+        )
+
+
+@dataclass(eq=False)
+class UpdateBusy(LocalaidError):
+    """Another process updates the same state folder."""
+
+    status: ClassVar[int] = 409
+    code: ClassVar[str | None] = "update_busy"
+
+    file: str  # the lock
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"another localaid is updating (it holds {self.file}); ask again when it is done."
+
+
+@dataclass(eq=False)
+class NoChannels(LocalaidError):
+    """Nothing says where default configs are fetched from."""
+
+    status: ClassVar[int] = 409
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "no_channels"
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return "no channel is configured; give `updates` a `url` and a `public_key` in the settings."
+
+
+@dataclass(eq=False)
+class KeyFileUnusable(LocalaidError):
+    """A file with a minisign secret key cannot be read, written or opened."""
+
+    file: str
+    problem: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"{self.file}: {self.problem}."
+
+
+@dataclass(eq=False)
+class CannotPublish(LocalaidError):
+    """A folder cannot become a channel."""
+
+    folder: str
+    problem: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"{self.folder} is not published: {self.problem}."
 
 
 @dataclass(eq=False)
@@ -893,12 +1221,25 @@ class OpenWithoutKeys(LocalaidError):
 class DaemonUnreachable(LocalaidError):
     """A command that asks the daemon got no answer from it."""
 
+    tried: list[str]  # addresses, each with its problem
+    join: str = ""  # what lets the user ask at one of them: the command that makes it a member of the group
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        join = f", or join the group that may ask there: {self.join}, then log in again" if self.join else ""
+        return f"no daemon answers on {', nor on '.join(self.tried)}; start it, or name it with --listen{join}."
+
+
+@dataclass(eq=False)
+class DaemonRefused(LocalaidError):
+    """The daemon does not do what a command asks of it."""
+
     listen: str
     problem: str
 
     def __str__(self) -> str:
         """Return the sentence for the user."""
-        return f"the daemon on {self.listen} does not answer ({self.problem}); start it, or name it with --listen."
+        return f"the daemon on {self.listen} says: {self.problem}"
 
 
 @dataclass(eq=False)
@@ -906,12 +1247,14 @@ class KeyNotTaken(LocalaidError):
     """A command that asks the daemon shows it no API key, or one that may not see everything."""
 
     listen: str
+    join: str = ""  # as `DaemonUnreachable` has it
 
     def __str__(self) -> str:
         """Return the sentence for the user."""
+        join = f", or join the group that needs none: {self.join}, then log in again" if self.join else ""
         return (
             f"the daemon on {self.listen} wants an API key that is not confined to some models; give it as "
-            "$LOCALAID_API_KEY or with --api-key."
+            f"$LOCALAID_API_KEY or with --api-key{join}."
         )
 
 
@@ -930,7 +1273,8 @@ class DemoModelMissing(LocalaidError):
 # line, and a text field keeps its characters (a SHA of digits only stays a SHA).  The three spellings differ only in
 # their tables: a key leads to a field, or to a further table for what is nested.  A reader notes problems and goes on,
 # so that one look at a file reports them all; a document with a problem yields no rule.
-# Always: a rule's `given` names the fields that its document sets; what is not in it may come through `extends`.
+# Always: a rule's `given` names the fields that its document sets; what is not in it may come through `extends`.  An
+# entry is one rule, and one more for each of its files that has names of its own.
 
 Layer = Literal["user", "fetched", "shipped", "auto"]
 LAYERS: Final[tuple[Layer, ...]] = ("user", "fetched", "shipped", "auto")
@@ -954,6 +1298,7 @@ _PATH_WORDS: Final = {  # what a path may be called, without "/v1/"
     "message": MESSAGES,
 }
 
+CONFIG_SUFFIXES: Final = (".yaml", ".yml")
 DOCUMENT_LIMIT_BYTES: Final = 1024 * 1024  # of one file
 _DEPTH_LIMIT: Final = 32  # deeper nesting is no config, and libyaml's recursion would end the process
 _VISIT_LIMIT: Final = 30_000  # lists read of one file; YAML aliases can make 10^9 of a few lines
@@ -1056,6 +1401,15 @@ class Prompts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=
     reasoning_format: str | None = None
 
 
+class Source(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
+    """Where one file of weights can be had.  What is fetched must have that SHA, whatever the URL says."""
+
+    sha: str  # "sha256:..." or "sha1:..."; of a split model: its first part's, which identifies it
+    urls: tuple[str, ...] = ()  # mirrors, in order
+    file: str | None = None  # the name to keep it under, where the URL's last part says too little ("mmproj-F16.gguf")
+    parts: tuple[Source, ...] = ()  # the other parts of a split model, in order
+
+
 class Rule(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One normalised entry of a config: these models, under these names, on these paths, are served so."""
 
@@ -1073,13 +1427,24 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompts: Prompts = Prompts()
     load: LoadOptions = LoadOptions()
     keep_alive_s: float | None = None  # -1: for ever; None: as the settings say
-    urls: tuple[str, ...] = ()
+    urls: tuple[str, ...] = ()  # beside the checksums, or all that stand with them; see `plan_sources`
+    sources: tuple[Source, ...] = ()  # where each SHA has URLs of its own
+    license: str | None = None  # a fact about the weights, as their publisher names it
+    kind: str | None = None  # "projector", "adapter" or "draft" of what is not served alone
     origins: dict[str, tuple[Layer, str]] = {}  # field -> (layer, file) it came from, where `extends` took it elsewhere
     extends: str | None = None  # the config that gives what this one leaves out; see `extend_rules`
     given: tuple[str, ...] = ()  # fields that are set, flat: "shas", "temperature", "ctx_size", "chat_prompt", ...
     expected_file: str | None = None  # the file that the config names beside its SHAs: not a key, the SHA decides
     keys: str = ""  # key path of the entry in its file, e.g. "models.0"
     line: int = 0  # where the entry begins, from 1
+
+
+def plan_sources(rule: Rule) -> tuple[Source, ...]:
+    """Return what can be fetched for a rule, in its order of preference: one `Source` for each SHA that has URLs."""
+    if rule.sources:
+        by_sha = {source.sha: source for source in rule.sources}
+        return tuple(by_sha[sha] for sha in rule.shas if sha in by_sha)
+    return tuple(Source(sha=sha, urls=rule.urls) for sha in rule.shas if rule.urls and sha.startswith("sha"))
 
 
 class MemoryBudget(msgspec.Struct, frozen=True, kw_only=True):
@@ -1102,6 +1467,26 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, gc=False):
         return f"ApiKey({self.name!r})"
 
 
+class Channel(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A web folder that default configs are fetched from."""
+
+    name: str  # of its folder
+    url: str  # ends with "/"
+    public_key: str  # the line of a minisign public key
+
+
+class Updates(msgspec.Struct, frozen=True, kw_only=True):
+    """Where default configs are fetched from, and how often."""
+
+    enabled: bool = True  # False: only `localaid update` fetches; what is there stays in force
+    interval_s: float = 86400.0
+    allow_http: bool = False
+    channels: tuple[Channel, ...] = ()  # where two name the same (path, name, SHA), the earlier one wins
+
+
+LogFormat = Literal["auto", "plain", "journal", "json"]
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The one settings file, localaid.yaml; contrib/localaid.yaml documents each key."""
 
@@ -1118,16 +1503,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     hash_threads: int = 2
     rescan_s: float = 300.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = "auto"  # where the command line says nothing
+    log_prompts: bool = False  # prompts and answers, too, are people's own words: only who asks for them gets them
     api_keys: tuple[ApiKey, ...] = ()
     api_keys_file: str | None = None  # with more of them; a path from the settings file's folder
     allow_without_keys: bool = False  # also where others can reach it
     metrics: Literal["key", "open", "off"] = "key"  # who may read /metrics; "key": anybody where there are no keys
     control: Literal["key", "open", "off"] = "key"  # ... and /localaid/*
+    control_socket: str | None = None  # where the group asks without a key; empty: nowhere; None: systemd's or XDG's
     cors_origins: tuple[str, ...] = ()  # of web pages that may ask from browsers; "*": all
     body_limit_bytes: int = 64 * 1024**2  # of a request, unpacked
     body_timeout_s: float = 120.0  # until a request's body is complete
     drain_s: float = 60.0  # that running requests have to come to their end when localaid stops
     stall_s: float = 300.0  # that a worker may be silent over a request before it is replaced
+    pull: Literal["manual", "on-demand", "off"] = "manual"  # whether requests fetch weights that are not there
+    pull_wait_s: float = 600.0  # that a stream waits for weights which are being downloaded
+    downloads: int = 2  # of weights, at once
+    allow_http: bool = False  # also from http:// addresses, which anybody on the way can read and change
+    updates: Updates = Updates()
 
 
 # -- YAML text -> nodes --
@@ -1328,7 +1721,7 @@ def find_nearest(word: str, known: Iterable[str]) -> str | None:
 
 def _is_null(node: yaml.Node) -> bool:
     """Return whether nothing is written there."""
-    return isinstance(node, yaml.ScalarNode) and node.tag == "plain" and node.value in _NULLS
+    return node.tag == "plain" and len(node.value) < 5 and node.value in _NULLS  # noqa: PLR2004 (spares hashing)
 
 
 def _render_node(node: yaml.Node) -> str:
@@ -1461,6 +1854,19 @@ def parse_listen(text: str) -> str:
     return text
 
 
+_SOCKET_LIMIT: Final = 107  # bytes of a unix socket's path (unix(7))
+
+
+def parse_control_socket(text: str) -> str:
+    """Return the absolute path of a unix socket; "off" is empty.  Raises ValueError."""
+    path = text.strip().removeprefix("unix:")
+    if path.lower() in ("", "off", "no", "false"):
+        return ""
+    if not path.startswith("/") or len(path.encode("utf-8", "surrogateescape")) > _SOCKET_LIMIT:
+        raise ValueError(f"expected off, or an absolute path of at most {_SOCKET_LIMIT} bytes, got {text[:60]}")
+    return path
+
+
 _NUMBER: Final = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _INTEGER: Final = re.compile(r"[-+]?\d{1,18}")
 _FLAGS: Final = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -1516,6 +1922,13 @@ def parse_template_name(text: str) -> str:
     return text
 
 
+def parse_file_name(text: str) -> str:
+    """Return the name of a file, which cannot lead out of a folder.  Raises ValueError."""
+    if not 0 < len(text) < _NAME_LIMIT or not text.isprintable() or "/" in text or text.startswith("."):
+        raise ValueError(f"expected the name of a file, without a path, got {text[:60]}")
+    return text
+
+
 def parse_url(text: str) -> str:
     """Return the address of a file of weights.  Raises ValueError."""
     if not re.fullmatch(r"https?://\S+", text):
@@ -1557,6 +1970,109 @@ def parse_origin(text: str) -> str:
     return origin
 
 
+_TEMPORARY_NAME: Final = re.compile(
+    r"\..*|.*~|.*\.(?:part|partial|tmp|temp|incomplete|crdownload|download|aria2|swp)|.*-partial(?:-\d+)?"
+    r"|.*\.mismatch-[0-9a-f]{8,64}",  # what section 14a has set aside
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file or folder name is one of work in progress or hidden; such are not looked at."""
+    return _TEMPORARY_NAME.fullmatch(name) is not None
+
+
+_CHANNEL_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+PUBLIC_KEY_BYTES: Final = 42  # "Ed", 8 of the key's id, 32 of the key
+
+
+def parse_channel_name(text: str) -> str:
+    """Return what a channel is called, also as a folder.  Raises ValueError."""
+    name = text.strip().lower()
+    if not _CHANNEL_NAME.fullmatch(name) or is_temporary(name):
+        raise ValueError(f"expected up to 40 letters, digits or any of _ -, got {text[:60]}")
+    return name
+
+
+def parse_channel_url(text: str) -> str:
+    """Return the address of a channel's folder, with "/" at its end.  Raises ValueError."""
+    url = parse_url(text.strip())
+    parts = urllib.parse.urlsplit(url)
+    if "@" in parts.netloc or parts.query or parts.fragment or not parts.hostname or not url.isascii():
+        problem = "expected https://HOST/FOLDER in ASCII, without user, ? and #"
+        raise ValueError(f"{problem}; a user and a password stand in the file that $NETRC names")
+    if parts.path.endswith("/index.json"):
+        raise ValueError("expected the address of the folder, without index.json")
+    return url.rstrip("/") + "/"
+
+
+def parse_public_key(text: str) -> str:
+    """Return the line of a minisign public key, "RW...".  Raises ValueError."""
+    try:
+        raw = binascii.a2b_base64(text.strip(), strict_mode=True)
+    except ValueError:  # binascii.Error is one
+        raw = b""
+    if len(raw) != PUBLIC_KEY_BYTES or not raw.startswith(b"Ed"):
+        raise ValueError(f"expected the 56 characters RW... of a minisign public key, got {text[:60]}")
+    return text.strip()
+
+
+def _read_updates(reader: _Reader, node: yaml.Node, keys: Keys) -> Updates:
+    """Return `updates`: one channel, whose `url` and `public_key` stand right there, or a list `channels`."""
+    entry: dict[str, object] = {}
+    reader.fields(node, keys, _UPDATES_KEYS, entry)
+    own = {key: entry.pop(key) for key in _CHANNEL_KEYS.values() if isinstance(key, str) and key in entry}
+    channels = list(cast("tuple[Channel, ...]", entry.pop("channels", ())))
+    if own and channels:
+        reader.fail(node, keys, "has a channel of its own beside `channels`; list it there, too")
+    elif own and (channel := _make_channel(reader, node, keys, own)):
+        channels.append(channel)
+    names = [channel.name for channel in channels]
+    for place, channel in enumerate(channels):
+        if channel.name in names[:place]:
+            reader.fail(node, keys, f"has two channels with the name {channel.name}; give each a `name` of its own")
+        if channel.url.startswith("http://") and not entry.get("channels_http", False):
+            problem = f"{channel.url} is not https, so that anybody on the way can hold updates back"
+            reader.fail(node, keys, f"{problem}; allow_http: true, beside it, allows that")
+    if len(channels) > _CHANNELS_LIMIT:
+        reader.fail(node, keys, f"has {len(channels)} channels; {_CHANNELS_LIMIT} are the limit")
+    fields = {name: entry[key] for name, key in _UPDATES_FIELDS.items() if key in entry and not reader.problems}
+    return msgspec.convert({**fields, "channels": tuple(channels)}, Updates)
+
+
+def _read_channels(reader: _Reader, node: yaml.Node, keys: Keys) -> tuple[Channel, ...]:
+    """Return the entries of `channels`."""
+    found = []
+    for item, item_keys in reader.items(node, keys):
+        entry: dict[str, object] = {}
+        reader.fields(item, item_keys, _CHANNEL_KEYS, entry)
+        if channel := _make_channel(reader, item, item_keys, entry):
+            found.append(channel)
+    return tuple(found)
+
+
+def _make_channel(reader: _Reader, node: yaml.Node, keys: Keys, entry: Mapping[str, object]) -> Channel | None:
+    """Return a channel, called after its host where it has no name; None: a problem was noted."""
+    for key, field_ in (("url", "channel_url"), ("public_key", "channel_key")):
+        if field_ not in entry:
+            reader.fail(node, (*keys, key), "is missing: a channel has a url and the public_key of who signs it")
+    if reader.problems:
+        return None
+    url, host = str(entry["channel_url"]), urllib.parse.urlsplit(str(entry["channel_url"])).hostname or ""
+    name = str(entry.get("channel_name") or re.sub(r"[^a-z0-9]+", "-", host.lower()).strip("-")[:40] or "channel")
+    return Channel(name=name, url=url, public_key=str(entry["channel_key"]))
+
+
+UPDATE_INTERVAL_S: Final = 60.0  # at least
+
+
+def parse_update_interval(text: str) -> float:
+    """Return seconds of a duration of a minute or more.  Raises ValueError."""
+    if (interval_s := parse_duration(text)) < UPDATE_INTERVAL_S:
+        raise ValueError("expected a duration of at least 1m: others want to be served, too")
+    return interval_s
+
+
 def parse_timeout(text: str) -> float:
     """Return seconds of a duration that is longer than none.  Raises ValueError."""
     if (duration_s := parse_duration(text)) <= 0:
@@ -1587,6 +2103,51 @@ def _read_api_keys(reader: _Reader, node: yaml.Node, keys: Keys) -> tuple[ApiKey
     return tuple(found)
 
 
+class _Weights(NamedTuple):
+    """One entry of a list of checksums: a file, perhaps where it can be had, and the names that mean it alone."""
+
+    shas: tuple[str, ...]
+    source: Source | None
+    names: tuple[str, ...]
+    line: int
+
+
+def _read_weights(reader: _Reader, node: yaml.Node, keys: Keys) -> tuple[_Weights, ...]:
+    """Return the entries of a list of checksums: each a SHA, or {sha256:, sha1:, url:, file:, alias:, parts:}."""
+    kind = _KINDS["sha" if keys[-1] == "shas" else "checksum"]
+    found = []
+    line = 0
+    for item, item_keys in reader.items(node, keys):
+        line = item.start_mark.line + 1
+        if isinstance(item, yaml.MappingNode):
+            entry: dict[str, object] = {}
+            reader.fields(item, item_keys, _WEIGHTS_KEYS, entry)
+            shas = tuple(str(entry[key]) for key in ("sha256", "sha1") if key in entry)
+            urls = cast("tuple[str, ...]", entry.get("urls", ()))
+            parts = cast("tuple[Source, ...]", entry.get("parts", ()))
+            kept_as = cast("str | None", entry.get("kept_as"))
+            if not shas:
+                reader.fail(item, item_keys, "needs sha256 or sha1")
+            elif not urls and (parts or kept_as):
+                reader.fail(item, item_keys, "needs a url: the rest is about what to fetch")
+            elif not reader.problems:
+                source = Source(sha=shas[0], urls=urls, file=kept_as, parts=parts) if urls else None
+                found.append(_Weights(shas, source, cast("tuple[str, ...]", entry.get("aliases", ())), line))
+        else:
+            found.append(_Weights((str(reader.text(item, item_keys, kind)),), None, (), line))
+    if not line:
+        reader.fail(node, keys, "is an empty list; leave the key out instead")
+    return tuple(found)
+
+
+def _read_parts(reader: _Reader, node: yaml.Node, keys: Keys) -> tuple[Source, ...]:
+    """Return the other parts of a split model."""
+    weights = _read_weights(reader, node, keys)
+    if any(part.source is None or part.source.parts or part.names for part in weights) and not reader.problems:
+        reader.fail(node, keys, "each part needs a sha256 and a url, and has neither names nor parts of its own")
+    return tuple(part.source for part in weights if part.source is not None)
+
+
 # -- fields and their keys --
 
 # fmt: off - a table of numbers
@@ -1613,6 +2174,7 @@ _LIMITS: Final[dict[str, tuple[float, float]]] = {
     "rope_freq_scale": (0, 1e6),
     "queue_size": (1, 1e6),
     "hash_threads": (1, 256),
+    "downloads": (1, 64),
 }
 # fmt: on
 # The names of `TOOL_FORMATS` and `REASONING_FORMATS` in section 5d, and "none" to take nothing apart.
@@ -1625,12 +2187,15 @@ CHOSEN_FORMATS: Final[dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     **CHOSEN_FORMATS,
+    "kind": ("projector", "adapter", "draft"),
     "cache_type_k": ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
     "cache_type_v": ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
     "pooling": ("none", "mean", "cls", "last", "rank"),
     "log_level": ("debug", "info", "warning", "error"),
+    "log_format": get_args(LogFormat),
     "metrics": ("key", "open", "off"),
     "control": ("key", "open", "off"),
+    "pull": ("manual", "on-demand", "off"),
 }
 _TEMPLATE: Final = _Kind(parse_template_name)
 
@@ -1659,11 +2224,17 @@ _SECTIONS: Final[dict[str, dict[str, _Kind]]] = {  # fields of a rule that stand
 }
 _KINDS: Final[dict[str, _Kind]] = {
     **{name: kind for kinds in _SECTIONS.values() for name, kind in kinds.items()},
-    **{name: _Kind(str) for name in ("backend", "description", "extends")},
+    **{name: _Kind(str) for name in ("backend", "description", "extends", "license")},
+    "kind": _Kind(functools.partial(parse_choice, choices=_CHOICES["kind"])),
     **{name: _Kind(parse_model_name, is_list=True) for name in ("names", "aliases")},
     "name": _Kind(parse_model_name),
-    "shas": _Kind(parse_sha, is_list=True, joins=True),
-    "checksum": _Kind(parse_checksum, is_list=True, joins=True),
+    "weights": _Kind(str, read=_read_weights),
+    "sha": _Kind(parse_sha),
+    "checksum": _Kind(parse_checksum),
+    "sha256": _Kind(lambda text: parse_checksum(f"sha256:{text}")),
+    "sha1": _Kind(lambda text: parse_checksum(f"sha1:{text}")),
+    "kept_as": _Kind(parse_file_name),
+    "parts": _Kind(str, read=_read_parts),
     "expected_file": _Kind(parse_model_path),
     "paths": _Kind(parse_api_path, is_list=True),
     "stop": _Kind(str, is_list=True, may_be_empty=True),
@@ -1671,17 +2242,28 @@ _KINDS: Final[dict[str, _Kind]] = {
     **_kinds_of(Settings),  # from here on: settings
     "models": _Kind(str, is_list=True, may_be_empty=True),
     "listen": _Kind(parse_listen),
+    "control_socket": _Kind(parse_control_socket),
     "memory": _Kind(parse_memory),
     "prompt_cache_bytes": _Kind(parse_size),
     "keep_alive_s": _Kind(parse_keep_alive),
     "hash_wait_s": _Kind(parse_duration),
     "rescan_s": _Kind(parse_duration),
-    "allow_without_keys": _Kind(parse_flag, is_plain=True),
+    **dict.fromkeys(("allow_without_keys", "allow_http"), _Kind(parse_flag, is_plain=True)),
+    "log_prompts": _Kind(parse_flag, is_plain=True),
     "cors_origins": _Kind(parse_origin, is_list=True, may_be_empty=True),
     "body_limit_bytes": _Kind(parse_size),
     "body_timeout_s": _Kind(parse_timeout),
     "drain_s": _Kind(parse_duration),
     "stall_s": _Kind(parse_timeout),
+    "pull_wait_s": _Kind(parse_duration),
+    "updates": _Kind(str, read=_read_updates),
+    "updates_enabled": _Kind(parse_flag, is_plain=True),
+    "updates_interval": _Kind(parse_update_interval),
+    "channels_http": _Kind(parse_flag, is_plain=True),
+    "channels": _Kind(str, read=_read_channels),
+    "channel_name": _Kind(parse_channel_name),
+    "channel_url": _Kind(parse_channel_url),
+    "channel_key": _Kind(parse_public_key),
     "api_keys": _Kind(str, read=_read_api_keys),
     "key_name": _Kind(parse_key_name),  # from here on: one of the API keys
     "key_digest": _Kind(parse_key),
@@ -1711,7 +2293,7 @@ _PROMPT_KEYS: Final = [name for name in _SECTIONS["prompts"] if not name.endswit
 _COMMON_KEYS: Final[_Table] = {
     **_SAMPLING_KEYS,
     **_LOAD_KEYS,
-    **_same(*_PROMPT_KEYS, "paths", "backend", "description", "extends", "urls"),
+    **_same(*_PROMPT_KEYS, "paths", "backend", "description", "license", "kind", "extends", "urls"),
     "url": "urls",
     "keep_alive": "keep_alive_s",
     "template": {"chat": "chat_template", "completion": "completion_template"},
@@ -1719,30 +2301,127 @@ _COMMON_KEYS: Final[_Table] = {
     "load": _LOAD_KEYS,
 }
 _SPELLINGS: Final[dict[str, _Table]] = {
-    "C": {**_COMMON_KEYS, "name": "name", "shas": "shas", "model_names": "names"},
-    "A": {**_COMMON_KEYS, "model": "name", "file": "expected_file", "checksum": "checksum", "alias": "aliases"},
+    "C": {**_COMMON_KEYS, "name": "name", "shas": "weights", "model_names": "names"},
+    "A": {**_COMMON_KEYS, "model": "name", "file": "expected_file", "checksum": "weights", "alias": "aliases"},
     "B": {
         **_COMMON_KEYS,
-        **_same("name", "checksum", "aliases"),
+        **_same("name", "aliases"),
+        "checksum": "weights",
         "path": "expected_file",
         "defaults": {**_SAMPLING_KEYS, **_LOAD_KEYS},
         "prompts": {"chat": "chat_prompt", "completion": "completion_prompt"},
     },
 }
 _SETTINGS_KEYS: Final[_Table] = {
-    **_same("models", "configs", "state", "listen", "queue_size", "memory", "hash_threads", "log_level"),
+    **_same("models", "configs", "state", "listen", "queue_size", "memory", "hash_threads"),
+    **_same("log_level", "log_format", "log_prompts"),
     "keep_alive": "keep_alive_s",
     "prompt_cache": "prompt_cache_bytes",
     "hash_wait": "hash_wait_s",
     "rescan": "rescan_s",
     "load": _LOAD_KEYS,
     **_same("api_keys", "api_keys_file", "allow_without_keys", "metrics", "control", "cors_origins"),
+    "control_socket": "control_socket",
     "body_limit": "body_limit_bytes",
     "body_timeout": "body_timeout_s",
     "drain": "drain_s",
     "stall": "stall_s",
+    **_same("pull", "downloads", "allow_http"),
+    "pull_wait": "pull_wait_s",
+    "updates": "updates",
+}
+_CHANNELS_LIMIT: Final = 16
+_CHANNEL_KEYS: Final[_Table] = {"name": "channel_name", "url": "channel_url", "public_key": "channel_key"}
+_UPDATES_FIELDS: Final = {
+    "enabled": "updates_enabled",
+    "interval_s": "updates_interval",
+    "allow_http": "channels_http",
+}
+_UPDATES_KEYS: Final[_Table] = {
+    **_CHANNEL_KEYS,
+    "channels": "channels",
+    "enabled": "updates_enabled",
+    "interval": "updates_interval",
+    "allow_http": "channels_http",
+}
+_WEIGHTS_KEYS: Final[_Table] = {
+    **_same("sha256", "sha1", "urls", "parts"),
+    "url": "urls",
+    "file": "kept_as",
+    "alias": "aliases",
 }
 _API_KEY_KEYS: Final[_Table] = {"name": "key_name", "key": "key_digest", "model": "key_model", "names": "key_names"}
+
+
+# -- settings -> words --
+
+
+class SettingChange(NamedTuple):
+    """A setting that is another in two versions of the settings; as text `queue_size: 64 -> 8`."""
+
+    field: str  # of `Settings`
+    key: str  # in the file
+    before: str  # as the file has it
+    after: str
+
+    def __str__(self) -> str:
+        """Return both, without API keys."""
+        same = " (other keys, or they may use others)" if self.before == self.after else ""
+        return f"{self.key}: {self.before} -> {self.after}{same}"
+
+
+def diff_settings(before: Settings, after: Settings) -> list[SettingChange]:
+    """Return what has changed, in the order of the fields."""
+    keys = {field: key for key, field in _SETTINGS_KEYS.items() if isinstance(field, str)}
+    return [
+        SettingChange(name, keys.get(name, name), render_setting(name, old), render_setting(name, new))
+        for name in Settings.__struct_fields__
+        if (old := getattr(before, name)) != (new := getattr(after, name))
+    ]
+
+
+def render_setting(field: str, value: object) -> str:
+    """Return a setting's value as the file has it; of API keys, the names."""
+    text = str(value)
+    match value:
+        case None:
+            text = "(none)"
+        case bool():
+            text = text.lower()
+        case ApiKey(name=name):
+            text = name
+        case MemoryBudget(share=share, size_bytes=size_bytes):
+            text = render_setting_size(size_bytes) if size_bytes is not None else f"{(share or 0) * 100:g}%"
+        case msgspec.Struct():
+            given = [(item, getattr(value, item)) for item in value.__struct_fields__]
+            words = [f"{item}: {render_setting(item, one)}" for item, one in given if one is not None and one != ()]
+            text = f"{{{', '.join(words)}}}"
+        case tuple() | list():
+            text = f"[{', '.join(render_setting(field, one) for one in value)}]"
+        case int() if field.endswith("_bytes"):
+            text = render_setting_size(value)
+        case float() | int() if field.endswith("_s"):
+            text = render_setting_duration(value)
+    return text
+
+
+def render_setting_duration(seconds: float) -> str:
+    """Return seconds as "1h30m", "500ms" or "-1"; `parse_keep_alive` reads it."""
+    if seconds < 0:
+        return "-1"
+    left_ms, parts = round(seconds * 1000), []
+    for unit in ("d", "h", "m", "s", "ms"):
+        count, left_ms = divmod(left_ms, round(_UNIT_S[unit] * 1000))
+        parts += [f"{count}{unit}"] if count else []
+    return "".join(parts) or "0s"
+
+
+def render_setting_size(size_bytes: int) -> str:
+    """Return bytes as "64MiB", or as a plain number where they are not whole KiB; `parse_size` reads it."""
+    for prefix in ("t", "g", "m", "k"):
+        if size_bytes and not size_bytes % _PREFIX_BYTES[prefix]:
+            return f"{size_bytes // _PREFIX_BYTES[prefix]}{prefix.upper()}iB"
+    return str(size_bytes)
 
 
 # -- documents -> rules and settings --
@@ -1780,12 +2459,17 @@ def _read_rules(reader: _Reader, document: bytes, layer: Layer) -> tuple[Rule, .
             found: dict[str, object] = {}
             reader.fields(node, node_keys, _SPELLINGS[spelling], found)
             if not reader.problems:
-                rules.append(_rule(found, layer, reader.file, len(rules)))
-                where = {"keys": ".".join(map(str, node_keys)), "line": node.start_mark.line + 1}
-                rules[-1] = msgspec.structs.replace(rules[-1], **where)
-                if rules[-1].urls and not rules[-1].extends and not any(sha[:3] == "sha" for sha in rules[-1].shas):
+                weights = cast("tuple[_Weights, ...]", found.get("weights", ()))
+                where = {"file": reader.file, "place": len(rules), "keys": ".".join(map(str, node_keys))}
+                rule = _rule(found, weights, {"layer": layer, **where, "line": node.start_mark.line + 1})
+                rules.append(rule)
+                if len(weights) > 1:
+                    rules += _single_rules(rule, weights)
+                if rule.urls and not rule.extends and not any(sha[:3] == "sha" for sha in rule.shas):
                     problem = "needs a checksum beside it: only weights whose SHA holds are fetched"
                     reader.fail(node, (*node_keys, "url"), problem)
+                elif "urls" in found and rule.sources:
+                    reader.fail(node, (*node_keys, "url"), "stands with the checksums already; say it in one place")
     return tuple(rules)
 
 
@@ -1805,23 +2489,51 @@ def _entries(reader: _Reader, root: yaml.Node, keys: Keys) -> Iterator[tuple[str
                 reader.fail(key_node, (*keys, key), "unknown key beside models; each model has its own keys")
 
 
-def _rule(found: dict[str, object], layer: Layer, file: str, place: int) -> Rule:
+def _rule(found: dict[str, object], weights: tuple[_Weights, ...], where: dict[str, object]) -> Rule:
     """Return the rule of the fields that a document sets."""
-    name = found.pop("name", None) or PurePosixPath(file).stem
-    if "aliases" in found:
-        found["names"] = tuple(dict.fromkeys((name, *cast("tuple[str, ...]", found.pop("aliases")))))
-    if "checksum" in found:
-        found["shas"] = found.pop("checksum")
+    found = {"shas" if key == "weights" else key: value for key, value in found.items()}
+    name = str(found.pop("name", None) or PurePosixPath(str(where["file"])).stem)
+    aliases = cast("tuple[str, ...]", found.pop("aliases", ()))
+    if len(weights) == 1:  # what means that file alone means the rule's only file
+        aliases += weights[0].names
+    if aliases:
+        found["names"] = tuple(dict.fromkeys((*cast("tuple[str, ...]", found.get("names", (name,))), *aliases)))
+    if weights:
+        found["shas"] = tuple(dict.fromkeys(sha for one in weights for sha in one.shas))
     elif "expected_file" in found:
         found["shas"] = (found["expected_file"],)
+    sources = tuple(one.source for one in weights if one.source is not None)
+    if sources or "urls" in found:  # empty: what a rule says itself is not mixed with what it extends
+        found["sources"] = sources
+    if sources:
+        found["urls"] = tuple(dict.fromkeys(itertools.chain.from_iterable(source.urls for source in sources)))
     if "paths" in found:
         found["paths"] = _expand_chat(cast("tuple[str, ...]", found["paths"]))
     if found.get("top_k") == -1:  # llama-server's spelling of "off"
         found["top_k"] = 0
-    given = tuple(key for key in found if key not in ("extends", "expected_file"))
-    fixed = {"name": name, "layer": layer, "file": file, "place": place, "given": given}
+    given = _share(tuple(key for key in found if key not in ("extends", "expected_file")))
+    fixed = {**where, "name": name, "given": given}
     absent = {"shas": (), "names": () if "extends" in found else (name,)}
     return msgspec.convert({**absent, **_nest(found), **fixed}, Rule)
+
+
+@functools.lru_cache(maxsize=1024)
+def _share(given: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the same object for equal values: thousands of rules set the same few combinations of fields."""
+    return given
+
+
+def _single_rules(rule: Rule, weights: tuple[_Weights, ...]) -> list[Rule]:
+    """Return the further rules of an entry with several files: one for each that has names of its own."""
+    rules: list[Rule] = []
+    for one in weights:
+        if one.names:
+            sources = () if one.source is None else (one.source,)
+            urls = rule.urls if one.source is None else one.source.urls
+            place = rule.place + 1 + len(rules)
+            alone = {"names": one.names, "shas": one.shas, "sources": sources, "urls": urls, "line": one.line}
+            rules.append(msgspec.structs.replace(rule, name=one.names[0], place=place, **alone))
+    return rules
 
 
 def _expand_chat(paths: Iterable[str]) -> tuple[str, ...]:
@@ -1836,7 +2548,9 @@ def _nest(found: dict[str, object]) -> dict[str, object]:
     if "logit_bias" in nested:
         nested["logit_bias"] = dict(cast("tuple[tuple[int, float], ...]", nested["logit_bias"]))
     for section, kinds in _SECTIONS.items():
-        nested[section] = {key: nested.pop(key) for key in tuple(nested) if key in kinds}
+        values = {key: nested.pop(key) for key in tuple(nested) if key in kinds}
+        if values:  # else all rules share the default
+            nested[section] = values
     return nested
 
 
@@ -1982,6 +2696,9 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     problem: str | None = None  # why it cannot be served
     alias_names: tuple[tuple[str, str | None], ...] = ()  # (alias, description) from aliases.json
     architecture: str = ""  # from the header; what a rule's `backend` is held against
+    quantisation: str | None = None  # from the header
+    title: str | None = None  # from the header: what its makers call it
+    content: str = ""  # the same for all paths of one file, hashed or not; empty: not known
 
 
 # -- files --
@@ -1997,6 +2714,7 @@ class _Fit(NamedTuple):
 
 
 _NO_FIT: Final = _Fit((), {}, (), ())
+_NO_SHAS: Final[frozenset[str]] = frozenset()
 
 
 class Inventory:
@@ -2004,12 +2722,12 @@ class Inventory:
 
     def __init__(self, files: Iterable[FileEntry] = ()) -> None:
         """Index `files`; of several that a rule may mean the newest comes first."""
-        self.files: Final = tuple(sorted(files, key=lambda file: (-file.mtime, file.path)))
+        self.files: Final = tuple(sorted(files, key=_file_order))
         self._by_key: Final[dict[str, list[FileEntry]]] = {}
         self._by_path: Final[dict[str, list[FileEntry]]] = {}
         self._without_sha256: Final = [file for file in self.files if file.sha256 is None]
         self._without_sha1: Final = [file for file in self.files if file.sha1 is None]
-        self._fits: Final[dict[tuple[str, str, bool], _Fit]] = {}
+        self._fits: Final[dict[tuple[str, str, bool, frozenset[str]], _Fit]] = {}
         for file in self.files:
             if file.sha256 is not None:
                 self._by_key.setdefault(f"sha256:{file.sha256}", []).append(file)
@@ -2038,20 +2756,24 @@ class Inventory:
             return [file for file in self.files if matches(file.relative)]
         return [file for file in self.files if matches(PurePosixPath(file.relative).name)]
 
-    def fit(self, sha: str, path: str, named: bool) -> _Fit:
+    def fit(self, sha: str, path: str, named: bool, unsuited: frozenset[str] = _NO_SHAS) -> _Fit:
         """Return the files that `sha` means by what they can do for the API path; kept for the next time.
 
         `named`: the rule lists the path, which lets a chat model embed; one that is made for it still comes first.
+        "*" means what is made for the path: no chat model to embed, and none of the sha256 in `unsuited`.
         """
-        fit = self._fits.get((sha, path, named))
+        key = (sha, path, named, unsuited if sha == "*" else _NO_SHAS)
+        fit = self._fits.get(key)
         if fit is None:
-            fit = self._fit(sha, path, named=named)
+            fit = self._fit(sha, path, named=named and sha != "*", unsuited=key[3])
             if fit is not _NO_FIT:  # the many that are absent are found as fast anew
-                self._fits[sha, path, named] = fit
+                self._fits[key] = fit
         return fit
 
-    def _fit(self, sha: str, path: str, *, named: bool) -> _Fit:
+    def _fit(self, sha: str, path: str, *, named: bool, unsuited: frozenset[str]) -> _Fit:
         found = self.find(sha)
+        if unsuited:
+            found = [file for file in found if file.sha256 not in unsuited]
         if sha.startswith("sha1:"):
             unknown = self._without_sha1
         elif sha.startswith("sha256:"):
@@ -2069,21 +2791,44 @@ class Inventory:
         ranks = {file.sha256: rank for rank, file in reversed(list(enumerate(ready))) if file.sha256 is not None}
         return _Fit(tuple(ready), ranks, tuple(hashing), tuple(unfit))
 
-    def choose(self, shas: Iterable[str], path: str, loaded: AbstractSet[str], named: bool) -> FileEntry | None:
+    def choose(
+        self, shas: Iterable[str], path: str, loaded: AbstractSet[str], named: bool, unsuited: frozenset[str]
+    ) -> FileEntry | None:
         """Return the file that a rule with `shas` is served from: one in memory, else the first that is there."""
         if loaded:
             for sha in shas:
-                ready, ranks, _, _ = self.fit(sha, path, named)
+                ready, ranks, _, _ = self.fit(sha, path, named, unsuited)
                 if len(ready) == 1:
                     if ready[0].sha256 in loaded:
                         return ready[0]
                 elif ready and (hits := [ranks[sha256] for sha256 in loaded if sha256 in ranks]):
                     return ready[min(hits)]
         for sha in shas:
-            ready = self.fit(sha, path, named).ready
+            ready = self.fit(sha, path, named, unsuited).ready
             if ready:
                 return ready[0]
         return None
+
+
+def _file_order(file: FileEntry) -> tuple[float, bool, str]:
+    """Return what sorts files: the newest first, of several paths of one content the one that people can read."""
+    return -file.mtime, is_blob_name(PurePosixPath(file.relative).name), file.path
+
+
+_BLOB_NAME: Final = re.compile(r"(?:sha256-)?[0-9a-f]{64}|[0-9a-f]{40}")
+
+
+def is_blob_name(name: str) -> bool:
+    """Return whether a file name is a digest, as Ollama and Hugging Face's cache call what they store.
+
+    It is only a name: what the content's SHA is, hashing tells.
+    """
+    return _BLOB_NAME.fullmatch(name) is not None
+
+
+def content_of(file: FileEntry) -> str:
+    """Return what is the same for all paths of one content, as far as it is known."""
+    return file.sha256 or file.content or file.path
 
 
 def _may_serve(file: FileEntry, path: str) -> bool:
@@ -2101,26 +2846,108 @@ def auto_rules(files: Iterable[FileEntry]) -> tuple[Rule, ...]:
     """Return the rules of layer `auto`: each file that can be served, under the names that it has of itself.
 
     These are its file name without .gguf, that in lower case without the quantisation where it means one file only,
-    its path below the models folder where several files share a name, and those that an aliases.json gives.
+    its path below the models folder where several files share a name, and those that an aliases.json or a store's
+    manifest gives.  A name that is a digest counts only where the content has no better one.
     """
     served = sorted((file for file in files if file.problem is None), key=lambda file: file.path)
-    stems = {file.path: _stem(PurePosixPath(file.relative).name) for file in served}
+    stems = _choose_stems(served)
     owners: dict[str, set[str]] = {}  # name -> contents of the files that it could mean
     for file in served:
-        for name in {stems[file.path], _plain_name(stems[file.path])}:
-            owners.setdefault(name, set()).add(file.sha256 or file.path)
+        if stem := stems.get(file.path):
+            for name in {stem, _plain_name(stem)}:
+                owners.setdefault(name, set()).add(content_of(file))
     rules = []
+    taken: set[tuple[str, str]] = set()  # (content, name): under its further paths a content gets further names only
     for file in served:
         sha = f"path:{file.path}" if file.sha256 is None else f"sha256:{file.sha256}"
-        stem = stems[file.path]
-        names = [stem] if len(owners[stem]) == 1 else [stem, _stem(file.relative)]
-        names += [plain] if len(owners[plain := _plain_name(stem)]) == 1 else []
-        named = [(tuple(dict.fromkeys(names)), None), *(((alias,), about) for alias, about in file.alias_names)]
-        rules += [
-            Rule(name=own[0], layer="auto", file=file.path, place=place, shas=(sha,), names=own, description=about)
-            for place, (own, about) in enumerate(named)
-        ]
+        names: list[str] = []
+        if stem := stems.get(file.path):
+            names = [stem] if len(owners[stem]) == 1 else [stem, _stem(file.relative)]
+            names += [plain] if len(owners[plain := _plain_name(stem)]) == 1 else []
+        elif stem is not None:
+            names = [_stem(file.relative)]
+        named = [(tuple(names), None), *(((alias,), about) for alias, about in file.alias_names)]
+        for place, (own, about) in enumerate(named):
+            new = tuple(name for name in dict.fromkeys(own) if (content_of(file), name) not in taken)
+            taken.update((content_of(file), name) for name in new)
+            if new:
+                rules.append(
+                    Rule(
+                        name=new[0],
+                        layer="auto",
+                        file=file.path,
+                        place=place,
+                        shas=(sha,),
+                        names=new,
+                        description=about,
+                    )
+                )
     return tuple(rules)
+
+
+_SNAPSHOT: Final = re.compile(r"(.*/models--[^/]+/snapshots/)[0-9a-f]{40}(/.*)", re.DOTALL)
+
+
+def _choose_stems(served: Sequence[FileEntry]) -> dict[str, str]:
+    """Return path -> what a file's names are made of; none: it needs no name; empty: only its path will do.
+
+    Of several revisions in a Hugging Face cache the newest has the file's name.
+    """
+    readable = {content_of(file) for file in served if file.alias_names or not _has_blob_name(file)}
+    newest: dict[str, FileEntry] = {}  # path without its revision -> file
+    for file in served:
+        slot = _SNAPSHOT.sub(r"\1\2", file.path)
+        if slot not in newest or file.mtime > newest[slot].mtime:
+            newest[slot] = file
+    stems = {}
+    for file in served:
+        if not _has_blob_name(file):
+            latest = newest[_SNAPSHOT.sub(r"\1\2", file.path)]
+            is_latest = content_of(latest) == content_of(file)
+            stems[file.path] = _stem(PurePosixPath(file.relative).name) if is_latest else ""
+        elif content_of(file) not in readable:
+            stems[file.path] = _title_stem(file)
+    return stems
+
+
+def _has_blob_name(file: FileEntry) -> bool:
+    return is_blob_name(PurePosixPath(file.relative).name)
+
+
+def _title_stem(file: FileEntry) -> str:
+    """Return what the names of a file are made of that has none itself: its title and quantisation."""
+    title = re.sub(r"[^\w.+-]+", "-", (file.title or "")[:100]).strip("-.")
+    if not title or not title.isprintable():
+        return PurePosixPath(file.relative).name
+    return title if file.quantisation is None else f"{title}-{file.quantisation}"
+
+
+def adopt_defaults(auto: Iterable[Rule], rules: Iterable[Rule]) -> Iterator[Rule]:
+    """Yield rules of layer `auto`; of a file that the defaults know, with all that they say of it but its names.
+
+    So a known file has its sampling and its paths under whatever name it lies there.  `rules` are in canonical order.
+    """
+    known: dict[str, Rule] = {}  # sha256 -> what the highest layer of defaults says of it
+    auto = tuple(auto)
+    for rule in rules if auto else ():
+        if rule.layer in ("fetched", "shipped"):
+            for sha in rule.shas:
+                known.setdefault(sha, rule)
+    for rule in auto:
+        base = known.get(rule.shas[0])
+        if base is None:
+            yield rule
+        else:
+            source = (base.layer, base.file)
+            own = ("name", "names", "shas", "layer", "file", "place", "keys", "line")
+            yield msgspec.structs.replace(
+                base,
+                **{key: getattr(rule, key) for key in own},
+                description=rule.description or base.description,
+                origins={key: base.origins.get(key, source) for key in base.given if key not in ("names", "shas")},
+                expected_file=None,
+                extends=None,
+            )
 
 
 def _stem(name: str) -> str:
@@ -2156,25 +2983,32 @@ class ConfigSet:
         self, file: str, layer: Layer, document: bytes | None, templates: Mapping[str, str] | None = None
     ) -> ConfigSet:
         """Return the set with a new content of one file; None: it is gone.  A broken one keeps its last good rules."""
-        if document is None:
-            return ConfigSet({key: config for key, config in self.files.items() if key != (layer, file)})
-        try:
-            config = LoadedConfig(parse_config(document, file=file, layer=layer, templates=templates))
-        except ConfigErrors as errors:
-            return self.put_problems(file, layer, errors.problems)
-        return ConfigSet({**self.files, (layer, file): config})
+        return self.put_all({(layer, file): None if document is None else self.read(file, layer, document, templates)})
 
-    def put_problems(self, file: str, layer: Layer, problems: tuple[ConfigProblem, ...]) -> ConfigSet:
-        """Return the set with a file that cannot be used now, e.g. because it cannot be read."""
-        last = self.files.get((layer, file), LoadedConfig())
-        return ConfigSet({**self.files, (layer, file): LoadedConfig(last.rules, problems)})
+    def put_all(self, changes: Mapping[tuple[Layer, str], LoadedConfig | None]) -> ConfigSet:
+        """Return the set with what `read` and `problems` made of several files; None: it is gone."""
+        merged = {**self.files, **changes}
+        return ConfigSet({key: config for key, config in merged.items() if config is not None})
+
+    def read(
+        self, file: str, layer: Layer, document: bytes, templates: Mapping[str, str] | None = None
+    ) -> LoadedConfig:
+        """Return what a new content of one file means; a broken one keeps its last good rules."""
+        try:
+            return LoadedConfig(parse_config(document, file=file, layer=layer, templates=templates))
+        except ConfigErrors as errors:
+            return self.problems(file, layer, errors.problems)
+
+    def problems(self, file: str, layer: Layer, problems: tuple[ConfigProblem, ...]) -> LoadedConfig:
+        """Return what is left of a file that cannot be used now, e.g. because it cannot be read."""
+        return LoadedConfig(self.files.get((layer, file), LoadedConfig()).rules, problems)
 
     def merge(self, auto: Iterable[Rule] = ()) -> tuple[Table, tuple[ConfigProblem, ...]]:
         """Return the table of all last good rules and those of layer `auto`, and every problem."""
         configs = [self.files[key] for key in sorted(self.files)]
         rules, problems = extend_rules(rule for config in configs for rule in config.rules)
         noted = (problem for config in configs for problem in config.problems)
-        return build_table((*rules, *auto)), (*noted, *problems)
+        return build_table((*rules, *adopt_defaults(auto, rules))), (*noted, *problems)
 
 
 class _Candidate(NamedTuple):
@@ -2184,14 +3018,9 @@ class _Candidate(NamedTuple):
     shas: tuple[str, ...]
     replaced: tuple[tuple[str, Rule], ...]  # SHA -> the rule that replaces it
 
-    def fit(self, inventory: Inventory, sha: str, path: str) -> _Fit:
+    def fit(self, inventory: Inventory, sha: str, path: str, unsuited: frozenset[str]) -> _Fit:
         """Return what one of its SHAs means for the API path."""
-        return inventory.fit(sha, path, self.rule.paths is not None)
-
-
-class _Glob(NamedTuple):
-    pattern: str
-    matches: Callable[[str], object]
+        return inventory.fit(sha, path, self.rule.paths is not None, unsuited)
 
 
 class Table:  # noqa: PLW1641 (rules hold dicts and have no hash)
@@ -2200,9 +3029,10 @@ class Table:  # noqa: PLW1641 (rules hold dicts and have no hash)
     def __init__(self, ordered: tuple[Rule, ...]) -> None:
         """Index rules that are in canonical order; `build_table` sorts them."""
         self.rules: Final = ordered
+        self.unsuited: Final = _find_unsuited(ordered)  # API path -> sha256 of files that "*" does not mean there
         self.named: Final[dict[str, list[Rule]]] = {}  # exact name -> rules
         self.globbed: Final[dict[str, list[Rule]]] = {}  # glob -> rules
-        self._globs: Final[dict[str, list[_Glob]]] = {}  # literal prefix -> globs
+        self._globs: Final[dict[str, list[str]]] = {}  # literal prefix -> globs
         self._candidates: Final[dict[tuple[str, str], tuple[_Candidate, ...]]] = {}
         named = self.named
         for rule in ordered:
@@ -2214,8 +3044,7 @@ class Table:  # noqa: PLW1641 (rules hold dicts and have no hash)
                 else:
                     named[name] = [rule]
         for pattern in self.globbed:
-            glob = _Glob(pattern, _compile_glob(pattern))
-            self._globs.setdefault(_literal_prefix(pattern), []).append(glob)
+            self._globs.setdefault(_literal_prefix(pattern), []).append(pattern)
         self._prefix_lengths: Final = sorted({len(prefix) for prefix in self._globs})
 
     def __eq__(self, other: object) -> bool:
@@ -2232,7 +3061,7 @@ class Table:  # noqa: PLW1641 (rules hold dicts and have no hash)
                 if rule.paths is None or path in rule.paths:
                     exact = (_Candidate(rule, rule.shas, ()),)
             else:
-                exact = self._candidates.get((path, name)) or self._of_pattern(path, name, self.named)
+                exact = self._candidates.get((path, name)) or self.of_pattern(path, name, self.named)
             if exact:
                 return exact
         return self._of_globs(path, name) if self.globbed else ()
@@ -2243,11 +3072,11 @@ class Table:  # noqa: PLW1641 (rules hold dicts and have no hash)
         for length in self._prefix_lengths:
             if length > len(name):
                 break
-            found += [glob.pattern for glob in self._globs.get(name[:length], ()) if glob.matches(name)]
+            found += [pattern for pattern in self._globs.get(name[:length], ()) if _compile_glob(pattern)(name)]
         return found
 
     def _of_globs(self, path: str, name: str) -> tuple[_Candidate, ...]:
-        views = [self._of_pattern(path, pattern, self.globbed) for pattern in self.find_patterns(name)]
+        views = [self.of_pattern(path, pattern, self.globbed) for pattern in self.find_patterns(name)]
         views = [view for view in views if view]
         if len(views) < 2:  # noqa: PLR2004 (nothing to merge)
             return views[0] if views else ()
@@ -2259,7 +3088,7 @@ class Table:  # noqa: PLW1641 (rules hold dicts and have no hash)
                     merged[id(candidate.rule)] = candidate
         return tuple(sorted(merged.values(), key=lambda candidate: rule_order(candidate.rule)))
 
-    def _of_pattern(self, path: str, pattern: str, named: Mapping[str, list[Rule]]) -> tuple[_Candidate, ...]:
+    def of_pattern(self, path: str, pattern: str, named: Mapping[str, list[Rule]]) -> tuple[_Candidate, ...]:
         """Return the rules for (path, pattern), pattern taken as it is written; kept for the next time."""
         known = self._candidates.get((path, pattern))
         if known is not None:
@@ -2281,6 +3110,18 @@ class Table:  # noqa: PLW1641 (rules hold dicts and have no hash)
         return self._candidates[path, pattern]
 
 
+def _find_unsuited(rules: Iterable[Rule]) -> dict[str, frozenset[str]]:
+    """Return what the defaults know to be made for other paths: rerankers and embedders that look like chat models."""
+    suited: dict[str, frozenset[str]] = {}  # of the files that some paths only suit
+    for rule in rules:
+        if (rule.paths is not None or rule.kind is not None) and rule.layer in ("fetched", "shipped"):
+            paths = frozenset(rule.paths or ()) if rule.kind is None else _NO_SHAS
+            for sha in rule.shas:
+                if sha.startswith("sha256:"):
+                    suited[sha[7:]] = suited.get(sha[7:], _NO_SHAS) | paths
+    return {path: frozenset(sha for sha, paths in suited.items() if path not in paths) for path in API_PATHS}
+
+
 def is_glob(name: str) -> bool:
     """Return whether a name or path is a glob: `*`, `?` or `[...]`."""
     return "*" in name or "?" in name or "[" in name
@@ -2290,6 +3131,7 @@ def _literal_prefix(pattern: str) -> str:
     return re.split(r"[*?\[]", pattern, maxsplit=1)[0]
 
 
+@functools.lru_cache(maxsize=4096)  # a glob is compiled when its literal prefix fits a name, and outlives its table
 def _compile_glob(pattern: str) -> Callable[[str], object]:
     return re.compile(fnmatch.translate(pattern)).match
 
@@ -2314,9 +3156,13 @@ class Resolution(msgspec.Struct, frozen=True):
     @property
     def hashing(self) -> tuple[FileEntry, ...]:
         """The files that are being hashed and may turn out to be what was asked for; empty where a rule was chosen."""
-        fits = (candidate.fit(self.inventory, sha, self.path) for candidate in self.passed for sha in candidate.shas)
+        fits = (self.fit(candidate, sha) for candidate in self.passed for sha in candidate.shas)
         found = {file.path: file for fit in fits for file in fit.hashing} if self.file is None else {}
         return tuple(found.values())
+
+    def fit(self, candidate: _Candidate, sha: str) -> _Fit:
+        """Return what one of a rule's SHAs means for the path."""
+        return candidate.fit(self.inventory, sha, self.path, self.table.unsuited.get(self.path, _NO_SHAS))
 
 
 def resolve(
@@ -2327,8 +3173,9 @@ def resolve(
     Never raises.  Rules are looked at in order; of each, a model in memory comes before one on disk.
     """
     candidates = table.candidates(path, name)
+    unsuited = table.unsuited.get(path, _NO_SHAS)
     for place, (rule, shas, _) in enumerate(candidates):
-        file = inventory.choose(shas, path, loaded, rule.paths is not None)
+        file = inventory.choose(shas, path, loaded, rule.paths is not None, unsuited)
         if file is not None:
             return Resolution(path, name, rule, file, file.sha256 in loaded, candidates[:place], table, inventory)
     return Resolution(path, name, None, None, False, candidates, table, inventory)  # noqa: FBT003 (is_loaded)
@@ -2394,7 +3241,7 @@ def explain(resolution: Resolution) -> Explanation:
         is_loaded=resolution.is_loaded,
         hashing=tuple(entry.path for entry in resolution.hashing),
         rules=tuple(looked_at),
-        fields={} if rule is None else _explain_fields(rule),
+        fields={} if rule is None else explain_fields(rule),
         notes=tuple(_notes(resolution)),
     )
 
@@ -2409,7 +3256,7 @@ def _reasons(resolution: Resolution, candidate: _Candidate) -> tuple[str, ...]:
     """Return why a rule was passed over, SHA by SHA."""
     reasons = [f"{sha}: replaced by {_where(owner)}" for sha, owner in candidate.replaced]
     for sha in candidate.shas:
-        fit = candidate.fit(resolution.inventory, sha, resolution.path)
+        fit = resolution.fit(candidate, sha)
         why = [f"{file.relative} cannot: {file.problem or 'not a model for this path'}" for file in fit.unfit]
         if fit.hashing:
             why.append(f"{', '.join(file.relative for file in fit.hashing[:_NAMED_AT_MOST])} is being hashed")
@@ -2421,7 +3268,7 @@ def _where(rule: Rule) -> str:
     return f"{rule.layer} rule {rule.name} ({rule.file}{':' + rule.keys if rule.keys else ''})"
 
 
-def _explain_fields(rule: Rule) -> dict[str, ExplainedField]:
+def explain_fields(rule: Rule) -> dict[str, ExplainedField]:
     """Return each field that the rule sets, with the layer and file that it comes from."""
     fields = {}
     for name in dict.fromkeys((*rule.given, "names", "shas")):
@@ -2478,52 +3325,11 @@ def render_explanation(explanation: Explanation) -> str:
     return "\n".join((*lines, *(f"    note: {note}" for note in explanation.notes)))
 
 
-class Listing(msgspec.Struct, frozen=True, kw_only=True):
-    """A name that a client may ask for; one entry of /v1/models."""
-
-    name: str
-    file: FileEntry  # of the first path; sha256 None: still being hashed
-    rule: Rule
-    paths: tuple[str, ...]  # where the name is served, by whatever rule
-
-
-def plan_listing(table: Table, inventory: Inventory) -> tuple[Listing, ...]:
-    """Return every exact name that leads to a file that is there, or to a known file that is still being hashed."""
-
-    @functools.cache
-    def there(sha: str) -> frozenset[str]:
-        return frozenset(path for file in inventory.find(sha) for path in file.serves | file.serves_named)
-
-    listings = []
-    for name, rules in table.named.items():
-        served = {path for rule in rules for sha in rule.shas for path in there(sha)}
-        if not served:
-            continue
-        found = []
-        for path in API_PATHS:
-            if path in served:
-                resolution = resolve(table, inventory, path, name)
-                if resolution.rule is not None and resolution.file is not None:
-                    found.append((path, resolution.rule, resolution.file))
-                else:
-                    found += [
-                        (path, candidate.rule, file)
-                        for candidate in resolution.passed
-                        for sha in candidate.shas
-                        if not sha.startswith("sha")
-                        for file in candidate.fit(inventory, sha, path).hashing[:1]
-                    ][:1]
-        if found:
-            _, rule, file = found[0]
-            listings.append(Listing(name=name, file=file, rule=rule, paths=tuple(path for path, _, _ in found)))
-    return tuple(sorted(listings, key=lambda listing: listing.name))
-
-
 def model_not_found(resolution: Resolution, served_names: Iterable[str]) -> ModelNotFound:
     """Return the error for a resolution without a file; `served_names` are those that /v1/models lists."""
     path, name, inventory = resolution.path, resolution.name, resolution.inventory
     shas = dict.fromkeys(sha for candidate in resolution.passed for sha in candidate.shas)
-    fits = (candidate.fit(inventory, sha, path) for candidate in resolution.passed for sha in candidate.shas)
+    fits = (resolution.fit(candidate, sha) for candidate in resolution.passed for sha in candidate.shas)
     unfit = {file.path: file for fit in fits for file in fit.unfit}
     others = (rule.paths for rule in resolution.table.named.get(name, ()) if rule.paths and path not in rule.paths)
     short = name[:_NAME_LIMIT].lower()
@@ -2537,6 +3343,82 @@ def model_not_found(resolution: Resolution, served_names: Iterable[str]) -> Mode
         unfit=[f"{file.relative}: {file.problem or 'cannot serve this path'}" for file in unfit.values()],
         other_paths=sorted({other for paths in others for other in paths}),
     )
+
+
+# -- weights that can be fetched --
+
+
+class Weights(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A file that a rule names by its SHA, and where it can be had."""
+
+    sha: str  # "sha256:..." or "sha1:..."
+    also: tuple[str, ...] = ()  # other SHAs of the rule, which the same addresses may lead to
+    file: str | None = None  # what the rule calls it; None: what its address does
+    urls: tuple[str, ...]  # each has the whole file: mirrors
+
+
+class PullPlan(NamedTuple):
+    """What a name means to `localaid pull`: a file that is there, else one to fetch, or the parts of a split model."""
+
+    present: FileEntry | None
+    weights: tuple[Weights, ...]
+
+
+def weights_of(source: Source, rule: Rule) -> tuple[Weights, ...]:
+    """Return the files of a source: of a split model the first part comes last, for with it the model is there."""
+    shared = (one.sha for one in plan_sources(rule) if one.urls == source.urls and one.sha != source.sha)
+    named = source.file or (rule.expected_file or "").removeprefix("path:") or None
+    first = Weights(sha=source.sha, also=tuple(shared), file=named, urls=source.urls)
+    parts = (Weights(sha=part.sha, file=part.file, urls=part.urls) for part in source.parts)
+    return (*parts, first)
+
+
+def find_weights(candidates: Iterable[tuple[Rule, Sequence[str]]], inventory: Inventory) -> tuple[Weights, ...]:
+    """Return what to fetch for the first of some rules, given with the SHAs that are left to each, that has addresses.
+
+    That is one file, or those parts of a split model that are not there.
+    """
+    for rule, shas in candidates:
+        for source in plan_sources(rule):
+            found = inventory.find(source.sha)
+            is_there = any(file.problem is None or not source.parts for file in found)
+            if source.sha in shas and not is_there:
+                return tuple(one for one in weights_of(source, rule) if not inventory.find(one.sha))
+    return ()
+
+
+def plan_pull(table: Table, inventory: Inventory, name: str, path: str | None = None) -> PullPlan:
+    """Return what `localaid pull NAME` means: a SHA, a model name (on `path`, else on any), or a rule's name.
+
+    Raises `NothingToPull`.
+    """
+    with contextlib.suppress(ValueError):
+        sha = parse_checksum(name)
+        return _plan_rules([(rule, (sha,)) for rule in table.rules if sha in rule.shas], inventory, name, (sha,))
+    resolutions = [resolve(table, inventory, one, name) for one in ((path,) if path else API_PATHS)]
+    present = next((one.file for one in resolutions if one.file is not None), None)
+    if present is not None:
+        return PullPlan(present, ())
+    candidates = [(rule, shas) for resolution in resolutions for rule, shas, _ in resolution.passed]
+    candidates = candidates or [(rule, rule.shas) for rule in table.rules if rule.name == name]
+    return _plan_rules(candidates, inventory, name, [sha for _, shas in candidates for sha in shas])
+
+
+def _plan_rules(
+    candidates: Sequence[tuple[Rule, Sequence[str]]], inventory: Inventory, name: str, shas: Iterable[str]
+) -> PullPlan:
+    """Return what some rules have there, or can have fetched.  Raises `NothingToPull`."""
+    present = next((file for sha in shas if sha.startswith("sha") for file in inventory.find(sha)), None)
+    if present is not None:
+        return PullPlan(present, ())
+    weights = find_weights(candidates, inventory)
+    if weights:
+        return PullPlan(None, weights)
+    if not candidates:
+        raise NothingToPull(name=name, reason="no config has a model, a rule or a SHA of this name")
+    rule = candidates[0][0]
+    where = f"{rule.file}: rule {rule.name}"
+    raise NothingToPull(name=name, reason=f"{where} says no `url` for a SHA; add one, or put the file into a folder")
 
 
 def find_warnings(table: Table) -> tuple[ConfigProblem, ...]:
@@ -2577,6 +3459,761 @@ def _find_claims(rules: Iterable[Rule], path: str) -> Iterator[tuple[Rule, str, 
                 yield rule, sha, owners.get((rule.layer, sha)) or owners.get((rule.layer, "*"))
             for sha in rule.shas:
                 owners.setdefault((rule.layer, sha), rule)
+
+
+# == 3a. CATALOG: every name and file, what is known of each, what is missing (pure) ===================================
+#
+# `plan_listing` asks the table for every exact name: that is /v1/models.  `plan_integrity` says of each file whether
+# some rule knows its SHA, or names the file beside another one; `plan_missing` which rules have no file.
+# `plan_catalog` puts all that together for `localaid list`.
+# Always: none of them raises; a content counts once, under however many paths it is there.
+
+
+class Listing(msgspec.Struct, frozen=True, kw_only=True):
+    """A name that a client may ask for; one entry of /v1/models."""
+
+    name: str
+    file: FileEntry  # of the first path; sha256 None: still being hashed
+    rule: Rule
+    paths: tuple[str, ...]  # where the name is served, by whatever rule
+
+
+def plan_listing(table: Table, inventory: Inventory) -> tuple[Listing, ...]:
+    """Return every exact name that leads to a file that is there, or to a known file that is still being hashed."""
+
+    @functools.cache
+    def there(sha: str) -> frozenset[str]:
+        return frozenset(path for file in inventory.find(sha) for path in file.serves | file.serves_named)
+
+    listings = []
+    for name, rules in table.named.items():
+        served = {path for rule in rules for sha in rule.shas for path in there(sha)}
+        if not served:
+            continue
+        found = []
+        for path in API_PATHS:
+            if path in served:
+                resolution = resolve(table, inventory, path, name)
+                if resolution.rule is not None and resolution.file is not None:
+                    found.append((path, resolution.rule, resolution.file))
+                else:
+                    found += [
+                        (path, candidate.rule, file)
+                        for candidate in resolution.passed
+                        for sha in candidate.shas
+                        if not sha.startswith("sha")
+                        for file in resolution.fit(candidate, sha).hashing[:1]
+                    ][:1]
+        if found:
+            _, rule, file = found[0]
+            listings.append(Listing(name=name, file=file, rule=rule, paths=tuple(path for path, _, _ in found)))
+    return tuple(sorted(listings, key=lambda listing: listing.name))
+
+
+# -- what is known of each file, and what is missing --
+
+IntegrityState = Literal["known", "unknown", "hashing", "mismatch"]
+ModelState = Literal["hashing", "ready", "loaded", "failed", "unservable"]
+
+
+class Integrity(msgspec.Struct, frozen=True, kw_only=True):
+    """What the rules say of a file's content."""
+
+    state: IntegrityState
+    layer: Layer | None = None  # the best one that has a rule for its SHA
+    problem: str | None = None  # of a mismatch: both SHAs, and what to do
+
+
+class MissingModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A rule of which no file is there, and where to get one."""
+
+    names: tuple[str, ...]
+    rule: str
+    layer: Layer
+    config: str  # the file that the rule is from
+    shas: tuple[str, ...]  # any of them would do
+    urls: tuple[str, ...]
+    fix: str
+
+
+class CatalogName(msgspec.Struct, frozen=True, kw_only=True):
+    """A name that clients may ask for, and where it leads."""
+
+    name: str
+    paths: tuple[str, ...]  # API paths
+    rule: str
+    layer: Layer
+    config: str  # the file that the rule is from
+    file: str  # the model
+    sha256: str | None  # None: still being hashed
+    state: ModelState
+
+
+class CatalogFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One content in the models folders, under all its paths."""
+
+    paths: tuple[str, ...]  # absolute; the first is what it is served from
+    relative: str  # the first, below its models folder
+    sha256: str | None
+    size_bytes: int
+    architecture: str
+    quantisation: str | None
+    state: ModelState
+    integrity: Integrity
+    problem: str | None  # why it is not served
+
+
+class Catalog(msgspec.Struct, frozen=True, kw_only=True):
+    """Names -> rule -> file, and what is missing; JSON of GET /localaid/list."""
+
+    names: tuple[CatalogName, ...]
+    files: tuple[CatalogFile, ...]
+    missing: tuple[MissingModel, ...]
+
+
+def plan_integrity(table: Table, inventory: Inventory) -> dict[str, Integrity]:
+    """Return what the rules say of each file's content, by its path.
+
+    A mismatch: a rule names the file beside SHAs that it does not have, and no better layer knows the one it has.
+    """
+    known: dict[str, Layer] = {}  # path of a file -> layer
+    wrong: dict[str, Rule] = {}
+    for rule in table.rules:  # the best layer first
+        if rule.layer == "auto":
+            break
+        fits = [file for sha in rule.shas if sha.startswith("sha") for file in inventory.find(sha)]
+        for file in fits:
+            known.setdefault(file.path, rule.layer)
+        if rule.expected_file is not None and any(sha.startswith("sha") for sha in rule.shas):
+            expected = inventory.find(rule.expected_file)
+            is_there = any(file in fits for file in expected)
+            for file in expected if not is_there else ():
+                if _has_digests(file, rule) and known.get(file.path, rule.layer) == rule.layer:
+                    wrong.setdefault(file.path, rule)
+    return {file.path: _integrity_of(file, known.get(file.path), wrong.get(file.path)) for file in inventory.files}
+
+
+def _has_digests(file: FileEntry, rule: Rule) -> bool:
+    """Return whether a file is hashed by all that a rule's SHAs are of."""
+    sha1 = any(sha.startswith("sha1:") for sha in rule.shas)
+    sha256 = any(sha.startswith("sha256:") for sha in rule.shas)
+    return not (sha1 and file.sha1 is None) and not (sha256 and file.sha256 is None)
+
+
+def _integrity_of(file: FileEntry, layer: Layer | None, wrong: Rule | None) -> Integrity:
+    if wrong is not None:
+        wanted = [sha for sha in wrong.shas if sha.startswith("sha")]
+        has = f"sha1:{file.sha1}" if wanted[0].startswith("sha1:") else f"sha256:{file.sha256}"
+        more = f" (or {len(wanted) - 1} more)" if wanted[1:] else ""
+        again = f"`localaid pull {wrong.name}`" if wrong.urls else "copy or download it again"
+        problem = f"{_where(wrong)} says it is {wanted[0]}{more}, and it is {has}: {again}, or correct the rule"
+        return Integrity(state="mismatch", layer=layer, problem=problem)
+    if file.sha256 is None and file.problem is None:
+        return Integrity(state="hashing")
+    return Integrity(state="unknown" if layer is None else "known", layer=layer)
+
+
+def plan_unservable(inventory: Inventory) -> dict[str, str]:
+    """Return file -> why it is not served; of several paths of one content the first, which tells of the others."""
+    contents: dict[str, list[FileEntry]] = {}
+    for file in inventory.files:
+        if file.problem is not None:
+            contents.setdefault(content_of(file), []).append(file)
+    found = {}
+    for first, *others in contents.values():
+        also = f" (also {', '.join(file.path for file in others)})" if others else ""
+        found[first.path] = f"{first.problem}{also}"
+    return found
+
+
+def plan_missing(table: Table, inventory: Inventory, layers: AbstractSet[Layer]) -> tuple[MissingModel, ...]:
+    """Return the rules of some layers of which no file is there; those for whatever file there is need none."""
+    hashing = sum(file.sha256 is None and file.problem is None for file in inventory.files)
+    perhaps = f" (unless it is one of {hashing} files that are still being hashed)" if hashing else ""
+    return tuple(
+        MissingModel(
+            names=rule.names,
+            rule=rule.name,
+            layer=rule.layer,
+            config=rule.file,
+            shas=tuple(sha.removeprefix("path:") for sha in rule.shas),
+            urls=rule.urls,
+            fix=(f"localaid pull {rule.name}" if rule.urls else "put the file into a models folder") + perhaps,
+        )
+        for rule in table.rules
+        if rule.layer in layers and rule.layer != "auto" and rule.shas and not any(map(inventory.find, rule.shas))
+        if "*" not in rule.shas
+    )
+
+
+def plan_catalog(
+    table: Table,
+    inventory: Inventory,
+    listings: Iterable[Listing],
+    states: Mapping[str, ModelState],
+    layers: AbstractSet[Layer] | None,
+) -> Catalog:
+    """Return what `localaid list` shows.  Never raises.
+
+    `listings` are those that may be seen; `states` are of the SHAs that workers have; what is missing is of `layers`.
+    None: neither that nor any other file than those of `listings`.
+    """
+    integrity = plan_integrity(table, inventory)
+
+    def state_of(file: FileEntry) -> ModelState:
+        if file.problem is not None:
+            return "unservable"
+        return "hashing" if file.sha256 is None else states.get(file.sha256, "ready")
+
+    names = tuple(
+        CatalogName(
+            name=listing.name,
+            paths=listing.paths,
+            rule=listing.rule.name,
+            layer=listing.rule.layer,
+            config=listing.rule.file,
+            file=listing.file.path,
+            sha256=listing.file.sha256,
+            state=state_of(listing.file),
+        )
+        for listing in listings
+    )
+    seen = {name.file for name in names}
+    contents: dict[str, list[FileEntry]] = {}
+    for file in inventory.files:  # of several paths of one content the readable one comes first
+        contents.setdefault(content_of(file), []).append(file)
+    files = tuple(
+        CatalogFile(
+            paths=tuple(file.path for file in same),
+            relative=same[0].relative,
+            sha256=same[0].sha256,
+            size_bytes=same[0].size_bytes,
+            architecture=same[0].architecture,
+            quantisation=same[0].quantisation,
+            state=state_of(same[0]),
+            integrity=next((integrity[file.path] for file in same if integrity[file.path].problem is not None), None)
+            or integrity[same[0].path],
+            problem=same[0].problem,
+        )
+        for same in contents.values()
+        if layers is not None or any(file.path in seen for file in same)
+    )
+    missing = plan_missing(table, inventory, layers) if layers is not None else ()
+    return Catalog(names=names, files=tuple(sorted(files, key=lambda file: file.relative)), missing=missing)
+
+
+# == 3b. CHANNEL: a channel's index, its keys and signatures in minisign's format (pure) ===============================
+#
+# A channel is a web folder: configs, the templates that they name, `index.json`, which lists both, and its signature.
+# `parse_index` reads the index, `parse_set` the files.  Keys and signatures are those of minisign
+# (https://jedisct1.github.io/minisign/): a line of comment, then base64 of a fixed layout; a signature has a second
+# pair of lines, a trusted comment and what signs that too.  Who signs and verifies is section 14: that takes a library.
+# Always: what stands in an index cannot lead out of the folder that it is kept in, nor be hidden there, nor collide
+# with another; a set is read as a whole or not at all.
+
+INDEX_FILE: Final = "index.json"
+SIGNATURE_FILE: Final = "index.json.minisig"
+INDEX_FORMAT: Final = 1
+INDEX_LIMIT_BYTES: Final = 1024 * 1024
+SIGNATURE_LIMIT_BYTES: Final = 16 * 1024
+CHANNEL_FILES: Final = 2000
+CHANNEL_LIMIT_BYTES: Final = 32 * 1024**2  # of all files
+TEMPLATE_SUFFIXES: Final = (".jinja", ".jinja2", ".j2", ".tmpl")
+SERIAL_LIMIT: Final = 2**53 - 1  # what every JSON parser keeps exactly
+_PATH_PARTS: Final = 4  # a file's name and the folders above it
+_PATH_PART: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
+
+
+class IndexedFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, gc=False):
+    """A file of a channel."""
+
+    path: str  # below the channel's folder, "/" separated
+    size: int  # bytes
+    sha256: str  # 64 hex
+
+
+class ChannelIndex(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a channel has: its index.json."""
+
+    format: int
+    serial: int  # never goes back
+    made_at: datetime.datetime  # told, and no more: clocks may be wrong
+    files: tuple[IndexedFile, ...]
+
+
+class _IndexVersion(msgspec.Struct):
+    format: int
+
+
+def parse_index(document: bytes) -> ChannelIndex:
+    """Return a channel's index, whatever it says being within limits.  Raises ValueError with the problem."""
+    try:
+        version = msgspec.json.decode(document, type=_IndexVersion).format
+        if version != INDEX_FORMAT:
+            raise ValueError(f"its format is {version}, and this localaid knows {INDEX_FORMAT}: upgrade localaid")
+        index = msgspec.json.decode(document, type=ChannelIndex)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not 0 < index.serial <= SERIAL_LIMIT:
+        raise ValueError(f"its serial is {index.serial}, not 1 to 2^53 - 1")
+    if len(index.files) > CHANNEL_FILES:
+        raise ValueError(f"it has {len(index.files)} files, {CHANNEL_FILES} are the limit")
+    for file in index.files:
+        if not re.fullmatch(r"[0-9a-f]{64}", file.sha256):
+            raise ValueError(f"the sha256 of {file.path[:100]!r} is no 64 hex digits")
+        if not 0 <= file.size <= DOCUMENT_LIMIT_BYTES:
+            raise ValueError(f"{file.path[:100]!r} has {file.size} bytes, {DOCUMENT_LIMIT_BYTES} are the limit")
+    if (total := sum(file.size for file in index.files)) > CHANNEL_LIMIT_BYTES:
+        raise ValueError(f"its files have {total} bytes, {CHANNEL_LIMIT_BYTES} are the limit")
+    check_channel_paths(file.path for file in index.files)
+    return index
+
+
+def render_index(index: ChannelIndex) -> bytes:
+    """Return an index as its file has it."""
+    return msgspec.json.format(msgspec.json.encode(index), indent=1) + b"\n"
+
+
+def check_channel_paths(paths: Iterable[str]) -> None:
+    """Raise ValueError where a path leads out, is hidden, is no config or template, or collides with another.
+
+    Letters' case does not tell two apart: not every file system does.
+    """
+    seen: dict[str, str] = {}  # lower case -> as written; a folder ends with "/"
+    for path in paths:
+        *folders, name = path.split("/")
+        is_plain = all(_PATH_PART.fullmatch(part) and not is_temporary(part) for part in (*folders, name))
+        if len(folders) >= _PATH_PARTS or not is_plain:
+            problem = f"up to {_PATH_PARTS} parts of letters, digits or any of . _ + -, none of them hidden or temporary"
+            raise ValueError(f"{path[:100]!r} is no name that a channel's file may have ({problem})")
+        if not name.endswith((*CONFIG_SUFFIXES, *TEMPLATE_SUFFIXES)):
+            suffixes = ", ".join((*CONFIG_SUFFIXES, *TEMPLATE_SUFFIXES))
+            raise ValueError(f"{path[:100]!r} is neither a config nor a template (their names end with {suffixes})")
+        parts = ["/".join(folders[:end]) + "/" for end in range(1, len(folders) + 1)]
+        for part in (*parts, path):
+            known = seen.get(part.lower().rstrip("/"))
+            if known is not None and (known != part or part == path):
+                raise ValueError(f"{part[:100]!r} collides with {known[:100]!r}")
+            seen[part.lower().rstrip("/")] = part
+
+
+def parse_set(files: Mapping[str, bytes], folder: str) -> dict[str, LoadedConfig]:
+    """Return the configs of a channel's set, by their path below `folder`.
+
+    Raises `ConfigErrors` with all that is wrong in any of them: a set is used as a whole or not at all.
+    """
+    texts, problems = _read_templates(files, folder)
+    configs: dict[str, LoadedConfig] = {}
+    used: set[str] = set()
+    for path, document in files.items():
+        if not path.endswith(CONFIG_SUFFIXES):
+            continue
+        below = path.rpartition("/")[0]
+        beside = {text[len(below) :].lstrip("/"): texts[text] for text in texts if text.rpartition("/")[0] == below}
+        used.update(f"{below}/{name}".lstrip("/") for name in template_names(document))
+        try:
+            rules = parse_config(document, file=f"{folder}/{path}", layer="fetched", templates=beside)
+            configs[f"{folder}/{path}"] = LoadedConfig(rules)
+        except ConfigErrors as errors:
+            problems += errors.problems
+    for path in sorted(texts.keys() - used):
+        problems.append(ConfigProblem(f"{folder}/{path}", "", "is named by no config beside it"))
+    if not problems:
+        problems += extend_rules(rule for config in configs.values() for rule in config.rules)[1]
+    if problems:
+        raise ConfigErrors(tuple(problems))
+    return configs
+
+
+def _read_templates(files: Mapping[str, bytes], folder: str) -> tuple[dict[str, str], list[ConfigProblem]]:
+    """Return the text of each template, by its path, and what is wrong with the others."""
+    texts: dict[str, str] = {}
+    problems = []
+    for path, document in files.items():
+        if not path.endswith(CONFIG_SUFFIXES):
+            try:
+                texts[path] = document.decode("utf-8")
+            except UnicodeDecodeError as error:
+                problem = f"is not UTF-8 text (byte {error.start})"
+                problems.append(ConfigProblem(f"{folder}/{path}", "", problem))
+    return texts, problems
+
+
+# -- minisign --
+
+_ED: Final = b"Ed"  # signs the message itself
+_ED_HASHED: Final = b"ED"  # ... its BLAKE2b-512
+_SCRYPT: Final = b"Sc"
+_NO_KDF: Final = b"\0\0"
+_BLAKE2B: Final = b"B2"
+_UNTRUSTED: Final = "untrusted comment: "
+_TRUSTED: Final = "trusted comment: "
+_SIGNATURE_BYTES: Final = 64
+_SECRET_LAYOUT: Final = struct.Struct("<2s2s2s32sQQ104s")  # algorithms, salt, opslimit, memlimit, then encrypted:
+_SEALED_LAYOUT: Final = struct.Struct("<8s32s32s32s")  # key id, seed, public key, BLAKE2b-256 of algorithm and these
+_SCRYPT_MEMORY: Final = 1 << 27  # bytes that opening a key of our own takes
+_SCRYPT_MEMORY_MOST: Final = 1 << 30  # what minisign itself takes
+
+
+class PublicKey(NamedTuple):
+    """A minisign public key."""
+
+    key_id: bytes  # 8
+    point: bytes  # 32: Ed25519
+
+    @property
+    def shown_id(self) -> str:
+        """Its id as minisign shows it."""
+        return self.key_id[::-1].hex().upper()
+
+    def render(self) -> str:
+        """Return its line, "RW..."."""
+        return binascii.b2a_base64(_ED + self.key_id + self.point, newline=False).decode()
+
+
+class SecretKey(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """A minisign secret key.  Its text has nothing of it."""
+
+    public: PublicKey
+    seed: bytes  # 32: Ed25519's
+
+    def __repr__(self) -> str:
+        """Return its id."""
+        return f"SecretKey({self.public.shown_id})"
+
+
+class SealedKey(NamedTuple):
+    """A secret key as its file has it."""
+
+    is_encrypted: bool
+    salt: bytes
+    opslimit: int
+    memlimit: int
+    sealed: bytes
+
+
+class Signature(NamedTuple):
+    """A minisign signature."""
+
+    is_hashed: bool
+    key_id: bytes
+    signature: bytes
+    comment: bytes  # trusted once `global_signature` holds
+    global_signature: bytes  # of `signature` and `comment`
+
+
+def read_public_key(line: str) -> PublicKey:
+    """Return the key of a line that `parse_public_key` takes.  Raises ValueError."""
+    raw = binascii.a2b_base64(parse_public_key(line))
+    return PublicKey(raw[2:10], raw[10:])
+
+
+def parse_signature(document: bytes) -> Signature:
+    """Return the signature that a .minisig file has.  Raises ValueError."""
+    try:
+        lines = document.decode("utf-8").replace("\r\n", "\n").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError("the signature is not UTF-8 text") from error
+    if len(lines) != 4 or not lines[0].startswith(_UNTRUSTED) or not lines[2].startswith(_TRUSTED):  # noqa: PLR2004 (its lines)
+        raise ValueError("the signature is none of minisign's: four lines, two of them comments")
+    signed, signed_all = _decode_line(lines[1]), _decode_line(lines[3])
+    if len(signed) != 10 + _SIGNATURE_BYTES or len(signed_all) != _SIGNATURE_BYTES:
+        raise ValueError("the signature has not the length of one of minisign's")
+    if signed[:2] not in (_ED, _ED_HASHED):
+        raise ValueError(f"the signature's algorithm is {signed[:2]!r}, not Ed or ED")
+    comment = lines[2].removeprefix(_TRUSTED).encode()
+    return Signature(signed[:2] == _ED_HASHED, signed[2:10], signed[10:], comment, signed_all)
+
+
+def render_signature(signature: Signature) -> bytes:
+    """Return the .minisig file of a signature."""
+    signed = (_ED_HASHED if signature.is_hashed else _ED) + signature.key_id + signature.signature
+    key_id = signature.key_id[::-1].hex().upper()
+    first = f"{_UNTRUSTED}signature of localaid's channel, key {key_id}".encode()
+    lines = (first, _encode(signed), _TRUSTED.encode() + signature.comment, _encode(signature.global_signature))
+    return b"\n".join(lines) + b"\n"
+
+
+def digest_signed(document: bytes, *, is_hashed: bool) -> bytes:
+    """Return what is signed of a document."""
+    return hashlib.blake2b(document).digest() if is_hashed else document
+
+
+def parse_secret_key(document: bytes) -> SealedKey:
+    """Return what a secret key's file has.  Raises ValueError."""
+    lines = document.decode("utf-8", "replace").split("\n")
+    raw = _decode_line(lines[1]) if len(lines) > 1 and lines[0].startswith(_UNTRUSTED) else b""
+    if len(raw) != _SECRET_LAYOUT.size:
+        raise ValueError("this is no minisign secret key; `localaid publish --new-key` makes one")
+    algorithm, kdf, checksum, salt, opslimit, memlimit, sealed = _SECRET_LAYOUT.unpack(raw)
+    if algorithm != _ED or kdf not in (_SCRYPT, _NO_KDF) or checksum != _BLAKE2B:
+        raise ValueError("this secret key uses algorithms that minisign does not")
+    return SealedKey(kdf == _SCRYPT, salt, opslimit, memlimit, sealed)
+
+
+def open_secret_key(key: SealedKey, password: str = "") -> SecretKey:
+    """Return a secret key; takes its time and memory where it is encrypted.  Raises ValueError."""
+    plain = key.sealed
+    if key.is_encrypted:
+        plain = _mask(plain, password, key.salt, key.opslimit, key.memlimit)
+    key_id, seed, point, checksum = _SEALED_LAYOUT.unpack(plain)
+    if not hmac.compare_digest(checksum, _checksum(key_id, seed, point)):
+        raise ValueError("the password is wrong" if key.is_encrypted else "this secret key is damaged")
+    return SecretKey(public=PublicKey(key_id, point), seed=seed)
+
+
+def render_secret_key(key: SecretKey, password: str, salt: bytes) -> bytes:
+    """Return the file of a secret key, encrypted where `password` is not empty; `salt`: 32 random bytes."""
+    key_id, point = key.public
+    plain = _SEALED_LAYOUT.pack(key_id, key.seed, point, _checksum(key_id, key.seed, point))
+    kdf, opslimit, memlimit, about = _NO_KDF, 0, 0, "minisign secret key"
+    if password:
+        kdf, opslimit, memlimit, about = _SCRYPT, _SCRYPT_MEMORY // 32, _SCRYPT_MEMORY, "minisign encrypted secret key"
+        plain = _mask(plain, password, salt, opslimit, memlimit)
+    raw = _SECRET_LAYOUT.pack(_ED, kdf, _BLAKE2B, salt if password else bytes(32), opslimit, memlimit, plain)
+    return f"{_UNTRUSTED}{about}\n".encode() + _encode(raw) + b"\n"
+
+
+def render_public_key(key: PublicKey) -> bytes:
+    """Return the .pub file of a key."""
+    return f"{_UNTRUSTED}minisign public key {key.shown_id}\n{key.render()}\n".encode()
+
+
+def _checksum(key_id: bytes, seed: bytes, point: bytes) -> bytes:
+    return hashlib.blake2b(_ED + key_id + seed + point, digest_size=32).digest()
+
+
+def _mask(plain: bytes, password: str, salt: bytes, opslimit: int, memlimit: int) -> bytes:
+    """Return `plain` XOR what scrypt makes of the password: encrypts and decrypts.  Raises ValueError."""
+    count, parallel = scrypt_cost(opslimit, memlimit)
+    stream = hashlib.scrypt(
+        password.encode(),
+        salt=salt,
+        n=count,
+        r=8,
+        p=parallel,
+        maxmem=2 * _SCRYPT_MEMORY_MOST,
+        dklen=len(plain),
+    )
+    return bytes(one ^ other for one, other in zip(plain, stream, strict=True))
+
+
+def scrypt_cost(opslimit: int, memlimit: int) -> tuple[int, int]:
+    """Return scrypt's N and p for libsodium's two limits; r is 8.  Raises ValueError where that is too much."""
+    opslimit = max(opslimit, 1 << 15)
+    if opslimit < memlimit // 32:
+        most, parallel = opslimit // 32, 1
+    else:
+        most, parallel = memlimit // 1024, 0
+    count = 1 << next(bits for bits in range(1, 64) if 1 << bits > most // 2 or bits == 63)  # noqa: PLR2004 (of 64 bits)
+    parallel = parallel or max(1, (opslimit // 4 // count) // 8)
+    if count * 1024 > _SCRYPT_MEMORY_MOST or parallel > 64:  # noqa: PLR2004 (minisign's own is 1)
+        raise ValueError("opening this secret key takes more memory or time than minisign's own keys do")
+    return count, parallel
+
+
+def _decode_line(line: str) -> bytes:
+    """Return the bytes of a line of base64; empty where it is none."""
+    try:
+        return binascii.a2b_base64(line.strip(), strict_mode=True)
+    except ValueError:  # binascii.Error is one
+        return b""
+
+
+def _encode(raw: bytes) -> bytes:
+    return binascii.b2a_base64(raw, newline=False)
+
+
+# == 3c. DIFF: what a layer hides, what an update changes (pure) =======================================================
+#
+# `plan_hidden` asks the table which rules of lower layers the user's rules replace, (path, name, SHA) by (path, name,
+# SHA).  `plan_changes` resolves every name that leads to a file in two tables, the one in force and the one that an
+# update would make, and tells where the answers differ.  Both tell field by field what was said and what is said now.
+# A glob stands for itself: it is resolved as the shortest name that it matches.
+# Always: neither raises; what is told of is in the order of the names.
+
+_SELECTING: Final = frozenset({"names", "shas", "urls", "sources"})  # fields that say who is meant, not how it is served
+
+
+class FieldChange(msgspec.Struct, frozen=True, kw_only=True):
+    """A field that two rules say differently; None: not said."""
+
+    field: str
+    before: object
+    after: object
+
+
+class RuleRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A rule and where it stands."""
+
+    rule: str
+    layer: Layer
+    file: str
+    keys: str = ""
+
+    def __str__(self) -> str:
+        """Return it as people read it."""
+        return f"{self.layer} rule {self.rule} ({self.file}{':' + self.keys if self.keys else ''})"
+
+
+class HiddenRule(msgspec.Struct, frozen=True, kw_only=True):
+    """A rule of a lower layer that a rule of the user's replaces."""
+
+    hidden: RuleRef
+    by: RuleRef
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    shas: tuple[str, ...]
+    fields: tuple[FieldChange, ...]  # from what is hidden to what holds
+
+
+class NameChange(msgspec.Struct, frozen=True, kw_only=True):
+    """A name that is in use, and what an update changes for it."""
+
+    names: tuple[str, ...]  # for all of which the same changes
+    paths: tuple[str, ...]
+    before: RuleRef
+    after: RuleRef | None  # None: it would lead nowhere
+    file_before: str  # the model, below its folder
+    file_after: str
+    fields: tuple[FieldChange, ...]
+
+
+def plan_hidden(table: Table) -> tuple[HiddenRule, ...]:
+    """Return what the user's layer hides."""
+    found: dict[tuple[tuple[int, str, int], tuple[int, str, int]], tuple[Rule, Rule, list[tuple[str, str, str]]]] = {}
+    for named in (table.named, table.globbed):
+        for name, rules in named.items():
+            layers = {rule.layer for rule in rules}
+            for path in API_PATHS if "user" in layers and layers & {"fetched", "shipped"} else ():
+                for candidate in table.of_pattern(path, name, named):
+                    for sha, owner in candidate.replaced:
+                        if owner.layer == "user" and candidate.rule.layer != "auto":
+                            key = (rule_order(owner), rule_order(candidate.rule))
+                            _, _, claims = found.setdefault(key, (owner, candidate.rule, []))
+                            claims.append((name, path, sha))
+    hidden = []
+    for _, (owner, rule, claims) in sorted(found.items()):
+        names, paths, shas = (tuple(dict.fromkeys(parts)) for parts in zip(*claims, strict=True))
+        one = HiddenRule(
+            hidden=_ref_of(rule),
+            by=_ref_of(owner),
+            names=names,
+            paths=paths,
+            shas=shas,
+            fields=diff_rules(rule, owner),
+        )
+        hidden.append(one)
+    return tuple(hidden)
+
+
+def plan_changes(before: Table, after: Table, inventory: Inventory) -> tuple[NameChange, ...]:
+    """Return what changes for names that lead to a file, from one table to another."""
+    alike: dict[bytes, tuple[NameChange, list[str], list[str]]] = {}
+    asked = [(name, name) for name in before.named]
+    asked += [(pattern, sample) for pattern in before.globbed if (sample := sample_of(pattern)) not in before.named]
+    for shown, name in sorted(asked):
+        found: dict[bytes, tuple[NameChange, list[str]]] = {}
+        for path in API_PATHS:
+            change = _change_of(resolve(before, inventory, path, name), resolve(after, inventory, path, name))
+            if change is not None:
+                found.setdefault(msgspec.json.encode(change), (change, []))[1].append(path)
+        for key, (change, paths) in found.items():
+            _, names, _ = alike.setdefault(key + repr(paths).encode(), (change, [], paths))
+            names.append(shown)
+    return tuple(
+        msgspec.structs.replace(change, names=tuple(names), paths=tuple(paths))
+        for change, names, paths in alike.values()
+    )
+
+
+def _change_of(before: Resolution, after: Resolution) -> NameChange | None:
+    """Return what changes from one resolution to another; None: nothing that can be noticed."""
+    if before.rule is None or before.file is None:
+        return None
+    fields = diff_rules(before.rule, after.rule) if after.rule is not None else ()
+    if after.file is not None and not fields and content_of(before.file) == content_of(after.file):
+        return None
+    return NameChange(
+        names=(),
+        paths=(),
+        before=_ref_of(before.rule),
+        after=None if after.rule is None or after.file is None else _ref_of(after.rule),
+        file_before=before.file.relative,
+        file_after="" if after.file is None else after.file.relative,
+        fields=fields,
+    )
+
+
+def diff_rules(before: Rule, after: Rule) -> tuple[FieldChange, ...]:
+    """Return the fields that two rules say differently, without those that say which models and names are meant."""
+    old, new = explain_fields(before), explain_fields(after)
+    changes = []
+    for name in dict.fromkeys((*old, *new)):
+        was, is_now = (fields[name].value if name in fields else None for fields in (old, new))
+        if was != is_now and name not in _SELECTING:
+            changes.append(FieldChange(field=name, before=was, after=is_now))
+    return tuple(changes)
+
+
+def sample_of(pattern: str) -> str:
+    """Return a short name that a glob matches; the glob itself where none is seen at once."""
+    chars = re.sub(r"\[([^!\]])[^\]]*\]", r"\1", pattern)
+    sample = chars.replace("*", "").replace("?", "x")
+    return sample if sample and not is_glob(sample) and fnmatch.fnmatchcase(sample, pattern) else pattern
+
+
+def _ref_of(rule: Rule) -> RuleRef:
+    return RuleRef(rule=rule.name, layer=rule.layer, file=rule.file, keys=rule.keys)
+
+
+def render_hidden(hidden: Sequence[HiddenRule]) -> str:
+    """Return what the user's layer hides as text."""
+    if not hidden:
+        return "Your configs hide nothing of the default configs."
+    lines = ["Hidden by your configs:"]
+    for one in hidden:
+        lines.append(f"  {one.by} hides {one.hidden}")
+        lines.append(f"    for {', '.join(one.names)} on {_short_paths(one.paths)}: {_some(one.shas)}")
+        lines += _field_lines(one.fields)
+    return "\n".join(lines)
+
+
+def render_changes(changes: Sequence[NameChange]) -> str:
+    """Return what an update changes as text."""
+    if not changes:
+        return "Nothing changes for a name that is in use."
+    lines = ["The update changes, for names that are in use:"]
+    for one in changes:
+        lines.append(f"  {', '.join(one.names)} on {_short_paths(one.paths)}")
+        if one.after is None:
+            lines.append(f"      is no longer served (now by {one.before}, {one.file_before})")
+            continue
+        if one.before != one.after:
+            lines.append(f"      rule: {one.before} -> {one.after}")
+        if one.file_before != one.file_after:
+            lines.append(f"      model: {one.file_before} -> {one.file_after}")
+        lines += _field_lines(one.fields)
+    return "\n".join(lines)
+
+
+def _field_lines(fields: Iterable[FieldChange]) -> Iterator[str]:
+    for change in fields:
+        yield f"      {change.field}: {_short_value(change.before)} -> {_short_value(change.after)}"
+
+
+def _short_value(value: object) -> str:
+    text = "(not set)" if value is None else msgspec.json.encode(value).decode()
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"  # noqa: PLR2004 (two lines)
+
+
+def _short_paths(paths: Iterable[str]) -> str:
+    return ", ".join(path.removeprefix("/") for path in paths)
+
+
+def _some(words: Sequence[str]) -> str:
+    more = f" and {len(words) - _NAMED_AT_MOST} more" if len(words) > _NAMED_AT_MOST else ""
+    return ", ".join(words[:_NAMED_AT_MOST]) + more
 
 
 # == 4. GGUF: the header of a model file -> ModelInfo (pure) ===========================================================
@@ -2785,6 +4422,11 @@ class _Tensors(NamedTuple):
     number: int
     weights_bytes: int
     span_bytes: int  # from the start of the weights to the end of the last tensor
+
+
+def is_model_format(head: bytes) -> bool:
+    """Return whether a file that starts with `head` is of the ggml family, be it one that is not read any more."""
+    return is_gguf(head) or head[:4] in (b"lmgg", b"fmgg", b"tjgg", b"algg")
 
 
 def is_gguf(head: bytes) -> bool:
@@ -3844,6 +5486,9 @@ class ModelExtension(msgspec.Struct, kw_only=True, omit_defaults=True):
     layer: Layer
     paths: list[str]
     state: Literal["hashing", "ready", "loaded", "failed"]
+    integrity: IntegrityState | None = None  # whether some rule knows its SHA
+    known_by: Layer | None = None  # the best layer that does
+    problem: str | None = None  # of a mismatch
     description: str | None = None
 
 
@@ -4253,7 +5898,7 @@ class RerankList(msgspec.Struct, kw_only=True):
 class TokenizeRequest(msgspec.Struct, kw_only=True):
     """Body of POST /tokenize."""
 
-    content: str
+    content: str | list[str | int]  # a list: texts and tokens in turn, as llama-server takes them
     add_special: bool = False  # begin with the token that begins a sequence
     parse_special: bool = True  # read the texts of special tokens as these
     with_pieces: bool = False
@@ -9128,10 +10773,10 @@ class Rerank(msgspec.Struct, frozen=True, kw_only=True, tag="rerank", omit_defau
 
 
 class Tokenize(msgspec.Struct, frozen=True, kw_only=True, tag="tokenize", omit_defaults=True):
-    """A text to be cut into tokens."""
+    """Texts to be cut into tokens, and tokens that stand between them."""
 
     id: int
-    text: str
+    parts: list[str | int]
     add_special: bool = False  # put the token that begins a sequence before it
     parse_special: bool = True  # read the texts of special tokens as these
 
@@ -9347,6 +10992,233 @@ def error_from_wire(name: str, fields: WireFields) -> LocalaidError:
     return WorkerFault(error=name, detail=detail or "no details")
 
 
+# == 10a. LOG: lines for people, for the journal, for programs =========================================================
+#
+# Everything goes through `logging` to stderr; `start_logging` chooses how it looks.  Always: nothing that a stranger
+# sends can break, forge or colour a line (`printable`), and a record is one line; only a traceback is more, each
+# indented, and with the record's priority in the journal; in JSON it is a string.  What a record knows goes along as a
+# struct, `extra={FIELDS: ...}`: in JSON each of its fields is one of the line's; the message says the same in words.
+# A worker writes JSON into a pipe, and so do llama.cpp's own lines there; the daemon passes all that comes out of it to
+# its own log, under the worker's name (`relay_line`), lines of any other kind too: an abort's last words are such.
+
+FIELDS: Final = "fields"  # of a LogRecord: the struct that goes along
+TEXT_LIMIT: Final = 16_000  # characters of one prompt, or answer, that log_prompts shows
+NAME_LIMIT: Final = 200  # of what a client calls a model, or a path
+RELAYED_LIMIT_BYTES: Final = 64 * 1024  # of one line out of a worker
+LOG_LEVEL_VARIABLE: Final = "LOCALAID_LOG_LEVEL"  # from the daemon to its workers
+_STDERR: Final = 2
+_UNCAUGHT_LOG: Final = logging.getLogger("localaid")
+
+
+class RequestLine(msgspec.Struct, kw_only=True):
+    """What the log says of one request; filled in on its way."""
+
+    request_id: str
+    answer_id: str | None = None  # in the answer's JSON
+    key: str | None = None  # name of the API key
+    method: str = ""
+    path: str = ""
+    model: str | None = None  # as the client calls it
+    rule: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+    status: int = 0
+    error: str | None = None  # its code
+    client_gone: bool = False  # before the answer was whole
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None  # of these
+    completion_tokens: int | None = None
+    queue_s: float | None = None  # until the worker had the request; a load is part of it
+    first_token_s: float | None = None  # since the request came
+    total_s: float = 0.0
+    tokens_per_s: float | None = None  # from the first token on
+    prompt: str | None = None  # only with log_prompts
+    answers: list[str] | None = None  # only with log_prompts
+
+
+class WorkerFields(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a line that a worker wrote comes from."""
+
+    worker: str  # the model's file
+    pid: int | None
+
+
+class RelayedRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A record of a worker, as `JsonFormatter` writes it."""
+
+    level: str
+    logger: str
+    message: str
+    exception: str | None = None
+
+
+def render_request_line(line: RequestLine) -> str:
+    """Return what a person reads of a request."""
+    sha256 = (line.sha256 or "")[:12] or "-"
+    went = "" if line.model is None else f" {line.model!r} -> {line.rule!r} -> {sha256}"
+    who = f"{line.request_id} {line.answer_id or '-'} {line.key or '-'} {line.method} {line.path}"
+    parts = [f"{who}{went}: {line.status}" + (f" {line.error}" if line.error else "")]
+    if line.prompt_tokens is not None:
+        parts.append(f"{line.prompt_tokens} prompt tokens ({line.cached_tokens or 0} cached)")
+    if line.completion_tokens is not None:
+        parts.append(f"{line.completion_tokens} completion tokens")
+    if line.queue_s is not None:
+        parts.append(f"{line.queue_s:.3f} s in the queue")
+    if line.first_token_s is not None:
+        parts.append(f"first after {line.first_token_s:.3f} s")
+    parts.append(f"{line.total_s:.3f} s")
+    if line.tokens_per_s is not None:
+        parts.append(f"{line.tokens_per_s:.1f} tokens/s")
+    if line.client_gone:
+        parts.append("client gone")
+    if line.prompt is not None:
+        parts.append(f"prompt {line.prompt!r}")
+    parts += [f"answer {answer!r}" for answer in line.answers or ()]
+    return ", ".join(parts)
+
+
+def printable(text: str) -> str:
+    """Return a text with every character that is none to be seen (line breaks, escapes, overrides) written out."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _trace_of(record: logging.LogRecord) -> str:
+    """Return the traceback that goes with a record; empty: there is none."""
+    if record.exc_info and record.exc_info[0] is not None and not record.exc_text:
+        record.exc_text = logging.Formatter().formatException(record.exc_info)
+    return "\n".join(filter(None, (record.exc_text, record.stack_info)))
+
+
+def _lines_of(record: logging.LogRecord) -> list[str]:
+    """Return a record's message, and below it, indented, the lines of its traceback."""
+    return [printable(record.getMessage()), *(f"    {printable(line)}" for line in _trace_of(record).splitlines())]
+
+
+class PlainFormatter(logging.Formatter):
+    """Text for a person: time, level, logger, message."""
+
+    COLOURS: ClassVar[Mapping[int, str]] = {
+        logging.DEBUG: "\033[2m",
+        logging.WARNING: "\033[33m",
+        logging.ERROR: "\033[31m",
+        logging.CRITICAL: "\033[1;31m",
+    }
+
+    def __init__(self, *, colours: bool) -> None:
+        """Use colours or not."""
+        super().__init__()
+        self._colours = colours
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text."""
+        first, *rest = _lines_of(record)
+        when, level = self.formatTime(record), record.levelname
+        if self._colours:
+            colour = self.COLOURS.get(record.levelno, "")
+            when, level = f"\033[2m{when}\033[0m", f"{colour}{level}\033[0m" if colour else level
+        return "\n".join([f"{when} {level} {record.name}: {first}", *rest])
+
+
+class JournalFormatter(logging.Formatter):
+    """Text for the journal, which has a time itself: each line with its priority (sd-daemon(3)) in front."""
+
+    PRIORITIES: ClassVar[Mapping[int, int]] = {
+        logging.DEBUG: 7,
+        logging.INFO: 6,
+        logging.WARNING: 4,
+        logging.ERROR: 3,
+        logging.CRITICAL: 2,
+    }
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as lines for the journal."""
+        priority = self.PRIORITIES.get(record.levelno, 6)
+        first, *rest = _lines_of(record)
+        return "\n".join(f"<{priority}>{line}" for line in (f"{record.name}: {first}", *rest))
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (RFC 3339), level, logger, message, the record's fields; ASCII only."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as JSON."""
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        told: dict[str, object] = {
+            "time": f"{when}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        fields = msgspec.to_builtins(getattr(record, FIELDS, None) or {})
+        told |= {name: value for name, value in fields.items() if value is not None}
+        if trace := _trace_of(record):
+            told["exception"] = trace
+        return json.dumps(told).replace("\x7f", "\\u007f")  # the one control character that `dumps` leaves
+
+
+def choose_log_format(wanted: LogFormat, environ: Mapping[str, str]) -> LogFormat:
+    """Return what "auto" is: journal where systemd has connected stderr to it (systemd.exec(5)), else plain."""
+    if wanted != "auto":
+        return wanted
+    with contextlib.suppress(OSError, ValueError):  # stderr is closed; the variable is not what systemd writes
+        device, _, inode = environ.get("JOURNAL_STREAM", "").partition(":")
+        stderr = os.fstat(_STDERR)
+        if (stderr.st_dev, stderr.st_ino) == (int(device), int(inode)):
+            return "journal"
+    return "plain"
+
+
+def start_logging(level: str, log_format: LogFormat, environ: Mapping[str, str]) -> None:
+    """Log to stderr from `level` on, and so what ends this process or a thread; may be called again with others."""
+    formatter: logging.Formatter
+    match choose_log_format(log_format, environ):
+        case "json":
+            formatter = JsonFormatter()
+        case "journal":
+            formatter = JournalFormatter()
+        case _:
+            on_terminal = sys.stderr.isatty() and environ.get("TERM") != "dumb"
+            formatter = PlainFormatter(colours=on_terminal and not environ.get("NO_COLOR"))  # no-color.org
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(capture=True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = lambda lost: _log_uncaught(lost.exc_type, lost.exc_value, lost.exc_traceback)
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        return
+    info = (kind, error, trace) if error is not None else None
+    _UNCAUGHT_LOG.critical("an error that nobody expected; please report it", exc_info=info)
+
+
+def log_always(logger: logging.Logger, message: str) -> None:
+    """Log at level info, also where that is not shown: what programs wait for."""
+    logger.handle(logger.makeRecord(logger.name, logging.INFO, "", 0, message, (), None))
+
+
+def relay_line(line: bytes, worker: str, pid: int | None) -> None:
+    """Log one line that a worker has written to its stderr."""
+    try:
+        told = msgspec.json.decode(line, type=RelayedRecord)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        text = line.decode("utf-8", "replace").rstrip()
+        told = RelayedRecord(level="warning", logger="localaid.worker", message=text)
+    if not told.message:
+        return
+    logger, level = logging.getLogger(told.logger), logging.getLevelNamesMapping().get(told.level.upper(), 0)
+    if logger.isEnabledFor(level):
+        extra = {FIELDS: WorkerFields(worker=worker, pid=pid)}
+        message = f"{worker} ({pid}): {told.message}"
+        record = logger.makeRecord(told.logger, level, "", 0, message, (), None, extra=extra)
+        record.exc_text = told.exception
+        logger.handle(record)
+
+
 # == 11. ENGINE: llama.cpp's low-level API (the only importer of llama_cpp) ============================================
 #
 # `Engine` owns one model and one context; it is used by one thread, the worker's.  The KV cache is unified: all
@@ -9416,22 +11288,20 @@ class TokenBatch:
 
     def __init__(self, native: Native, size: int) -> None:
         """Have room for `size` tokens."""
-        np = native.np
-        self._token = np.zeros(size, np.int32)
-        self._pos = np.zeros(size, np.int32)
-        self._n_seq_id = np.ones(size, np.int32)
-        self._seq_id = np.zeros(size, np.int32)
-        self._seq_id_at = self._seq_id.ctypes.data + np.arange(size, dtype=np.uint64) * self._seq_id.itemsize
-        self._output = np.zeros(size, np.int8)
-        int32_p = ctypes.POINTER(ctypes.c_int32)
+        int32s, int32_p = ctypes.c_int32 * size, ctypes.POINTER(ctypes.c_int32)
+        # A slice of a ctypes array takes a list in half the time that numpy needs for the few tokens of most steps.
+        self._token, self._pos, self._seq_id, self._n_seq_id = int32s(), int32s(), int32s(), int32s(*[1] * size)
+        first = ctypes.addressof(self._seq_id)
+        self._seq_id_at = (ctypes.c_uint64 * size)(*range(first, first + 4 * size, 4))
+        self._output = (ctypes.c_char * size)()
         self._batch = native.llama.llama_batch(
             n_tokens=0,
-            token=self._token.ctypes.data_as(int32_p),
+            token=ctypes.cast(self._token, int32_p),
             embd=None,
-            pos=self._pos.ctypes.data_as(int32_p),
-            n_seq_id=self._n_seq_id.ctypes.data_as(int32_p),
-            seq_id=self._seq_id_at.ctypes.data_as(ctypes.POINTER(int32_p)),
-            logits=self._output.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+            pos=ctypes.cast(self._pos, int32_p),
+            n_seq_id=ctypes.cast(self._n_seq_id, int32_p),
+            seq_id=ctypes.cast(self._seq_id_at, ctypes.POINTER(int32_p)),
+            logits=ctypes.cast(self._output, ctypes.POINTER(ctypes.c_int8)),
         )
 
     def fill(
@@ -9442,8 +11312,12 @@ class TokenBatch:
         self._token[:size] = tokens
         self._pos[:size] = positions
         self._seq_id[:size] = seq_ids
-        self._output[:size] = 0
-        self._output[outputs] = 1
+        if isinstance(outputs, slice) or len(outputs) == size:  # as in every step that feeds no prompt
+            self._output[:size] = b"\1" * size
+        else:
+            self._output[:size] = bytes(size)
+            for place in outputs:
+                self._output[place] = 1
         self._batch.n_tokens = size
         return cast("ctypes.Structure", self._batch)
 
@@ -9474,7 +11348,10 @@ class Engine:
         self._segments: dict[int, tuple[Bytes, int]] = {}  # segment -> its saved state, its end
         self._pieces: dict[int, tuple[bytes, bool]] = {}
         self._logits: Floats | None = None
-        self._logits_at = 0
+        self._logits_at = self._logits_now = 0
+        # A function object of our own, which returns the plain address: no pointer is made at each step.
+        self._get_logits = self._llama.llama_cpp._lib["llama_get_logits"]  # noqa: SLF001
+        self._get_logits.restype, self._get_logits.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
         self.decode_s = 0.0  # spent in the last llama_decode
         self._warm_up()
 
@@ -9771,7 +11648,7 @@ class Engine:
         batch = self._batch.fill(plan.tokens, plan.positions, plan.seq_ids, plan.outputs)
         start = time.perf_counter()
         code = self._llama.llama_decode(self._context, batch)
-        self._llama.llama_synchronize(self._context)
+        self._logits_now = self._get_logits(self._context)  # waits until the decode has ended, whatever computes it
         self.decode_s = time.perf_counter() - start
         if code not in (0, 1):
             raise EngineFailed(file="", reason=f"llama_decode returned {code}: {self.log.first_error}")
@@ -9847,9 +11724,9 @@ class Engine:
 
     def logits(self, rows: int) -> Floats:
         """Return the logits of the last decode, one row an output; valid until the next one, writable."""
-        pointer = self._llama.llama_get_logits(self._context)
-        address = ctypes.cast(pointer, ctypes.c_void_p).value or 0
+        address = self._logits_now
         if self._logits is None or address != self._logits_at or len(self._logits) < rows:
+            pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
             self._logits = self._np.ctypeslib.as_array(pointer, (rows, self.n_vocab))
             self._logits_at = address
         return self._logits[:rows]
@@ -9913,20 +11790,34 @@ class Engine:
         return logprobs, likeliest
 
 
+GGML_LOG_ERROR: Final = 4  # ggml_log_level
+GGML_LOG_CONT: Final = 5  # goes on with the line before
+# It tells at "info" everything of a file, and warns of what is chosen on purpose, such as a context that is not full.
+LLAMA_LEVELS: Final[Mapping[int, int]] = {3: logging.INFO, GGML_LOG_ERROR: logging.ERROR}
+_LLAMA_LOG: Final = logging.getLogger("localaid.llama.cpp")
+
+
 class LlamaLog:
-    """llama.cpp's log: silent, but for the error that came first; those after it only say that something failed."""
+    """llama.cpp's log; keeps the error that came first: those after it only say that something failed."""
 
     def __init__(self) -> None:
         """Start without an error."""
         self.first_error = ""
+        self._level = logging.DEBUG
+        self._text = ""  # without an end of line yet
 
     def hear(self, level: int, text: bytes, _: object) -> None:
-        """Take one line at its ggml_log_level."""
+        """Take one line, or a part of one, at its ggml_log_level."""
         if level == GGML_LOG_ERROR and not self.first_error:
             self.first_error = text.decode("utf-8", "replace").strip()
-
-
-GGML_LOG_ERROR: Final = 4
+        if level != GGML_LOG_CONT:
+            self._level = LLAMA_LEVELS.get(level, logging.DEBUG)
+        if not _LLAMA_LOG.isEnabledFor(self._level):
+            return
+        *lines, self._text = (self._text + text.decode("utf-8", "replace")).split("\n")
+        for line in lines:
+            if line.strip(" ."):  # dots: the progress of a load
+                _LLAMA_LOG.log(self._level, "%s", line)
 
 
 @functools.cache
@@ -9937,6 +11828,15 @@ def _keep_log(llama: ModuleType) -> LlamaLog:
     llama.llama_log_set(callback, ctypes.c_void_p(0))
     log.callback = callback  # type: ignore[attr-defined] # kept alive as long as the log
     return log
+
+
+def describe_build() -> bytes:
+    """Return what this build of llama.cpp says of itself, as JSON: version, features, gpu."""
+    import llama_cpp  # noqa: PLC0415 - as in `Engine`
+
+    features = llama_cpp.llama_print_system_info().decode()
+    gpu = bool(llama_cpp.llama_supports_gpu_offload())
+    return json.dumps({"version": llama_cpp.__version__, "features": features, "gpu": gpu}).encode()
 
 
 # == 11a. CONSTRAIN: grammars and schemas -> which tokens may come next (llguidance) ===================================
@@ -11180,8 +13080,8 @@ class Worker:
                     self._inbox.put(prepare_embed(engine, task))
                 case Rerank():
                     self._inbox.put(prepare_rerank(engine, task))
-                case Tokenize(text=text):
-                    tokens = engine.tokenize(text, add_bos=task.add_special, parse_special=task.parse_special)
+                case Tokenize():
+                    tokens = self._join_parts(task)
                     self._send(Tokenized(id=task.id, tokens=tokens, pieces=list(map(engine.token_text, tokens))))
                 case Detokenize(tokens=tokens):
                     self._send(Rendered(id=task.id, text=self._text_of(tokens), tokens=len(tokens)))
@@ -11190,13 +13090,28 @@ class Worker:
         except LocalaidError as error:
             self._reject(task.id, error)
 
+    def _join_parts(self, task: Tokenize) -> list[int]:
+        """Return the tokens of texts and tokens in turn; only a text that comes first begins a sequence."""
+        tokens: list[int] = []
+        for place, part in enumerate(task.parts):
+            if isinstance(part, int):
+                tokens.append(self._known_token(part, f"content[{place}]"))
+            else:
+                add_bos = task.add_special and place == 0
+                tokens += self._engine.tokenize(part, add_bos=add_bos, parse_special=task.parse_special)
+        return tokens
+
+    def _known_token(self, token: int, param: str) -> int:
+        """Return `token`.  Raises `BadRequest` where the model has none of this number."""
+        count = self._engine.n_vocab
+        if not 0 <= token < count:
+            raise BadRequest(param=param, problem=f"is {token}, which is not one of this model's {count} tokens")
+        return token
+
     def _text_of(self, tokens: list[int]) -> str:
         """Return what tokens are as text, control tokens by their names.  Raises `BadRequest`."""
-        count = self._engine.n_vocab
         for place, token in enumerate(tokens):
-            if not 0 <= token < count:
-                problem = f"is {token}, which is not one of this model's {count} tokens"
-                raise BadRequest(param=f"tokens[{place}]", problem=problem)
+            self._known_token(token, f"tokens[{place}]")
         return b"".join(map(self._engine.token_text, tokens)).decode("utf-8", "replace")
 
     def _render(self, request: int, prompt: Prompt) -> Rendered:
@@ -11529,6 +13444,8 @@ def _die_before_the_daemon() -> None:
 def run_worker(fd: int) -> int:
     """Serve the daemon over an inherited socket; the body of `localaid worker`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then stops its workers in order
+    start_logging(os.environ.get(LOG_LEVEL_VARIABLE, "info"), "json", os.environ)
+    faulthandler.enable()
     _die_with_the_daemon()
     _die_before_the_daemon()
     with socket.socket(fileno=fd) as connection:
@@ -11573,16 +13490,6 @@ _WATCHED: Final = int(_APPEARED | _VANISHED | _IN.CLOSE_WRITE | _IN.ATTRIB | _IN
 _UNWATCHED_RESCAN_S: Final = 10.0
 _STEPS_LIMIT: Final = 400  # from folder to folder and link to link: links may go round
 _SAME_FOLDER_LIMIT: Final = 8  # paths, over links, under which one folder is listed
-_TEMPORARY_NAME: Final = re.compile(
-    r"\..*|.*~|.*\.(?:part|partial|tmp|temp|incomplete|crdownload|download|aria2|swp)|.*-partial(?:-\d+)?",
-    re.IGNORECASE | re.DOTALL,
-)
-
-
-def is_temporary(name: str) -> bool:
-    """Return whether a file or folder name is one of work in progress or hidden; such are not looked at."""
-    return _TEMPORARY_NAME.fullmatch(name) is not None
-
 
 class FolderWatch:
     """Watches folders with all below them, through links, whether they exist yet or not.
@@ -11854,6 +13761,7 @@ class Known(msgspec.Struct, frozen=True, array_like=True):
     sha1: str | None = None
     info: ModelInfo | None = None
     problem: str | None = None  # why its header cannot be read
+    is_other: bool = False  # no model, nor anything that ever was one to llama.cpp
 
 
 class _CacheContent(msgspec.Struct, array_like=True):
@@ -12047,7 +13955,8 @@ class HashJob:
             info = read_header(self._descriptor, self.stamp.size_bytes, self.path)
             self.known = msgspec.structs.replace(self.known, info=info)
         except NotServable as error:
-            self.known = msgspec.structs.replace(self.known, problem=error.reason)
+            is_other = not is_model_format(os.pread(self._descriptor, 4, 0))
+            self.known = msgspec.structs.replace(self.known, problem=error.reason, is_other=is_other)
         self.finished = not _missing_digests(self.known, sha1=self._sha1)
 
     def _hash(self, buffer: memoryview, gives_way: Callable[[], bool]) -> None:
@@ -12151,6 +14060,7 @@ class ModelIndex:
         self._files: dict[str, Stamp] = {}
         self._unreadable: dict[str, str] = {}  # path -> why
         self._aliases: dict[str, dict[str, tuple[str, str | None]]] = {}  # root -> file name -> (name, description)
+        self._manifests: dict[str, Manifest] = {}  # by path
         self._jobs: dict[tuple[int, int], HashJob] = {}  # one a file; the loop may have given up others
         self._racy: set[tuple[int, int]] = set()  # files whose stamp may hide a change
         self._infos: dict[str, ModelInfo] = {}
@@ -12228,6 +14138,11 @@ class ModelIndex:
         self._subscribers.append(callback)
         return functools.partial(self._subscribers.remove, callback)
 
+    def remember(self, status: os.stat_result, digests: Mapping[str, str]) -> None:
+        """Take the digests (algorithm -> hex) of a file that is about to get its name: it is not hashed again."""
+        known = Known(sha256=digests.get("sha256"), sha1=digests.get("sha1"))
+        self._cache.put(stamp_of(status), known)
+
     async def wait_until(self, holds: Callable[[Inventory], bool]) -> Inventory:
         """Return the first inventory, from now on, for which `holds`."""
         if not holds(self.inventory):
@@ -12247,7 +14162,9 @@ class ModelIndex:
             async for changes in batches:
                 found = await asyncio.to_thread(_stat_files, changes.files)
                 aliases = await asyncio.to_thread(self._load_aliases, changes)
-                self._take_changes(changes, found, aliases)
+                manifests = await asyncio.to_thread(_load_manifests, [path for path, stamp in found.items() if stamp])
+                self._take_manifests(changes, manifests)
+                self._take_changes(changes, {**found, **dict.fromkeys(manifests)}, aliases)
 
     def _load_aliases(self, changes: FolderChanges) -> dict[str, dict[str, tuple[str, str | None]]]:
         """Return the aliases of each root whose aliases.json is new, changed or gone; a broken one changes nothing."""
@@ -12262,6 +14179,14 @@ class ModelIndex:
                 except (OSError, ConfigErrors) as error:
                     INDEX_LOG.warning("%s", error)
         return aliases
+
+    def _take_manifests(self, changes: FolderChanges, manifests: Mapping[str, Manifest]) -> None:
+        """Bring the names that stores give up to date."""
+        for path in list(self._manifests):
+            is_gone = any(path == gone or path.startswith(f"{gone}/") for gone in changes.gone)
+            if is_gone or changes.full or path in changes.files:
+                del self._manifests[path]
+        self._manifests.update(manifests)
 
     def _take_changes(
         self,
@@ -12370,7 +14295,7 @@ class ModelIndex:
             _Part(path, stamp, self._cache.find(stamp), self._unreadable.get(path))
             for path, stamp in self._files.items()
         ]
-        listing = _Listing(parts, self._watch.roots, self._aliases)
+        listing = _Listing(parts, self._watch.roots, self._aliases, self._manifests.values())
         self._infos = listing.infos
         inventory = Inventory(listing.entries)
         if inventory.files != self.inventory.files:
@@ -12410,9 +14335,85 @@ def _stat_files(paths: Iterable[str]) -> dict[str, Stamp | None]:
             INDEX_LOG.debug("%r is passed over: %s", path, error)
             stamps[path] = None
         else:
-            is_model = stat.S_ISREG(status.st_mode) and not path.endswith("/aliases.json")
+            is_model = stat.S_ISREG(status.st_mode) and not path.endswith("/aliases.json") and not _is_ref(path)
             stamps[path] = stamp_of(status) if is_model else None
     return stamps
+
+
+# -- stores of other programs: Ollama's, and Hugging Face's cache --
+#
+# Ollama:        manifests/HOST/NAMESPACE/MODEL/TAG, JSON that names blobs/sha256-DIGEST
+# Hugging Face:  models--ORG--NAME/snapshots/REVISION/FILE, a link to models--ORG--NAME/blobs/DIGEST; refs/main
+# A digest in a name only says which file is meant: what a rule's SHA is held against is hashed from its bytes.
+
+_HUB_FILE: Final = re.compile(r".*/(?:models|datasets|spaces)--[^/]+/(?P<kind>blobs|snapshots|refs)/.*", re.DOTALL)
+_HUB_MARKS: Final = frozenset({"version.txt", "CACHEDIR.TAG"})  # beside these folders
+_OLLAMA_FILE: Final = re.compile(r".*/(?:blobs/sha256-[0-9a-f]{64}|manifests/(?:[^/]+/){3}[^/]+)", re.DOTALL)
+_MANIFEST: Final = re.compile(
+    r"(?P<store>.*)/manifests/(?P<host>[^/]+)/(?P<space>[^/]+)/(?P<model>[^/]+)/(?P<tag>[^/]+)", re.DOTALL
+)
+_MANIFEST_LIMIT_BYTES: Final = 64 * 1024
+_MODEL_LAYER: Final = "application/vnd.ollama.image.model"
+_LAYER_DIGEST: Final = re.compile(r"sha256:([0-9a-f]{64})")
+
+
+def is_store_file(path: str) -> bool:
+    """Return whether a file lies where these stores have theirs: models, and much beside them."""
+    return (_HUB_FILE.fullmatch(path) or _OLLAMA_FILE.fullmatch(path)) is not None
+
+
+def _is_ref(path: str) -> bool:
+    """Return whether a file only names a revision."""
+    match = _HUB_FILE.fullmatch(path) if "/refs/" in path else None
+    return match is not None and match["kind"] == "refs"
+
+
+class Manifest(NamedTuple):
+    """What Ollama calls one of its blobs."""
+
+    blob: str  # path
+    names: tuple[str, ...]  # "smollm2:135m"; of the tag "latest" also without it
+
+
+class _ManifestLayer(msgspec.Struct):
+    media_type: str = msgspec.field(default="", name="mediaType")
+    digest: str = ""
+
+
+class _ManifestFile(msgspec.Struct):
+    layers: list[_ManifestLayer]
+
+
+def _load_manifests(paths: Iterable[str]) -> dict[str, Manifest]:
+    """Return those of `paths` that are manifests of models, read."""
+    found = {}
+    for path in paths:
+        if _MANIFEST.fullmatch(path):
+            with contextlib.suppress(OSError), Path(path).open("rb") as file:
+                if (manifest := parse_manifest(file.read(_MANIFEST_LIMIT_BYTES), path)) is not None:
+                    found[path] = manifest
+    return found
+
+
+def parse_manifest(document: bytes, path: str) -> Manifest | None:
+    """Return the model of an Ollama manifest, under the names that Ollama shows; None for whatever else it is."""
+    match = _MANIFEST.fullmatch(path)
+    try:
+        layers = msgspec.json.decode(document, type=_ManifestFile).layers
+        digest = next((layer.digest for layer in layers if layer.media_type == _MODEL_LAYER), "")
+        wanted = _LAYER_DIGEST.fullmatch(digest)
+        if match is None or wanted is None:
+            return None
+        host, space, model, tag = match["host"], match["space"], match["model"], match["tag"]
+        whose = [] if host == "registry.ollama.ai" else [host]
+        whose += [] if space == "library" and not whose else [space]
+        name = parse_model_name("/".join((*whose, model)))
+        names = (f"{name}:{tag}", name) if tag == "latest" else (f"{name}:{tag}",)
+        if any(is_glob(one) or parse_model_name(one) != one for one in names):
+            return None
+    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
+        return None
+    return Manifest(f"{match['store']}/blobs/sha256-{wanted[1]}", names)
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:
@@ -12436,17 +14437,26 @@ class _Listing:
     """Makes the entries of an inventory, and finds the header of each model."""
 
     def __init__(
-        self, files: Iterable[_Part], roots: Sequence[str], aliases: Mapping[str, Mapping[str, tuple[str, str | None]]]
+        self,
+        files: Sequence[_Part],
+        roots: Sequence[str],
+        aliases: Mapping[str, Mapping[str, tuple[str, str | None]]],
+        manifests: Iterable[Manifest] = (),
     ) -> None:
-        """List `files`, the parts of a split model as one."""
+        """List `files`, the parts of a split model as one; what other programs' stores have beside models is left."""
         self.entries: list[FileEntry] = []
         self.infos: dict[str, ModelInfo] = {}  # sha256 -> header
         self._roots = roots
         self._aliases = aliases
+        self._stored_names: dict[str, list[tuple[str, str | None]]] = {}  # path of a blob -> names, as in `_aliases`
+        for manifest in sorted(manifests):
+            self._stored_names.setdefault(manifest.blob, []).extend((name, None) for name in manifest.names)
         groups: dict[tuple[str, str, int], dict[int, _Part]] = {}
         single = []
         for file in files:
             folder, name = os.path.split(file.path)
+            if file.known.is_other and (name in _HUB_MARKS or is_store_file(file.path)):
+                continue
             split = parse_split_name(name)
             if split and (file.known.info is None or file.known.info.parts > 1):
                 groups.setdefault((folder, split.prefix, split.parts), {})[split.number] = file
@@ -12505,7 +14515,14 @@ class _Listing:
                 serves=serves(info) if info and not problem else frozenset(),
                 serves_named=serves_if_named(info) if info and not problem else frozenset(),
                 problem=problem,
-                alias_names=_find_aliases(relative, self._aliases.get(root, {})),
+                alias_names=(
+                    *_find_aliases(relative, self._aliases.get(root, {})),
+                    *self._stored_names.get(file.path, ()),
+                ),
+                architecture=info.architecture if info else "",
+                quantisation=info.quantisation if info else None,
+                title=info.name if info else None,
+                content=f"{file.stamp.device:x}:{file.stamp.inode:x}",
             )
         )
 
@@ -12520,6 +14537,930 @@ def _find_aliases(relative: str, aliases: Mapping[str, tuple[str, str | None]]) 
     split = parse_split_name(name)
     keys = {relative, relative.removesuffix(".gguf"), name, split.prefix if split else name.removesuffix(".gguf")}
     return tuple(dict.fromkeys(aliases[key] for key in sorted(keys & aliases.keys()))) if aliases else ()
+
+
+# == 14. FETCH: default configs from the web, signed (asyncio) =========================================================
+#
+# Empty yet.
+
+
+# == 14a. PULL: weights from the web, by their SHA (asyncio) ===========================================================
+#
+# `Puller` owns the downloads: so many run at once, the rest wait in the order in which they were asked for.  `Download`
+# goes from mirror to mirror until the SHA holds.  Its bytes grow in a models folder, under a hidden name that the index
+# passes over: there must be room in the end, and one rename within a file system lands the file.  What a restart has
+# to know beside them (how it stands, whose ETag they have) is a small journal in the state folder.
+# The loop reads the network, a thread hashes and writes what has come meanwhile; a thread is never abandoned.
+# Always: a file gets its name only when a SHA of its rule holds, and never takes another file's; what came with another
+# SHA is set aside and told of; a part is begun anew only where its server's file is another one now.
+
+PULL_BLOCK_BYTES: Final = 1024 * 1024  # hashed and written in one call
+PULL_BLOCKS: Final = 4  # of them may wait for the disk before the network does
+PULL_PIECES: Final = 256  # of a block, written as they are; the kernel takes 1,024 (IOV_MAX)
+PULL_CONNECT_S: Final = 30.0
+PULL_READ_S: Final = 60.0  # without a byte
+PULL_REDIRECTS: Final = 5
+PULL_ROUNDS: Final = 6  # through all mirrors, without a new byte
+PULL_PATIENT_ROUNDS: Final = 2  # a mirror whose bytes are there has so many before another begins anew
+PULL_BACKOFF_S: Final = 1.0  # after the first round; then twice as much ...
+PULL_BACKOFF_LIMIT_S: Final = 60.0  # ... up to this
+PULL_ROOM_BYTES: Final = 256 * 1024**2  # that stay free on a disk
+PULL_ROOM_EVERY_BYTES: Final = 64 * 1024**2  # of a download whose size is not known, room is looked for so often
+PULL_CHECK_BYTES: Final = 64 * 1024**2  # of what was there before, hashed in one call
+PULL_AGAIN_S: Final = 60.0  # after a failure requests start no new download for so long
+PULL_EVENT_S: Final = 0.25  # the longest between two events of who follows a download
+PULL_ETA_S: Final = 10.0  # that a client is told to wait where nothing is measured yet
+PULL_ETA_LIMIT_S: Final = 600.0
+PULL_LANDED_S: Final = 30.0  # that the index has to see a file which has landed
+PULLS_KEPT: Final = 20  # on status, of those that have ended
+PULL_LOG: Final = logging.getLogger("localaid.pull")
+_RATE_S: Final = 10.0  # that a rate is measured over
+_SAMPLE_S: Final = 0.5  # between two of its samples
+_FILE_STEM_BYTES: Final = 160  # of a name; file systems take 255, and a SHA may have to stand in it
+_TRY_AGAIN: Final = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS)
+_RENAME_NOREPLACE: Final = 1  # renameat2(2)
+_AT_FDCWD: Final = -100
+
+_CallT = TypeVar("_CallT")
+PullState = Literal["waiting", "checking", "running", "done", "failed", "cancelled"]
+ACTIVE_PULLS: Final = frozenset({"waiting", "checking", "running"})
+
+
+class DownloadStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A download on the status page."""
+
+    name: str  # as it was asked for
+    file: str  # where it has landed; before: what it will be called
+    sha: str
+    url: str  # the mirror that is asked now, or was last
+    bytes: int
+    total: int | None  # None: its server does not say
+    rate: float  # bytes a second, of late
+    eta_s: float | None
+    state: PullState
+    problem: str | None = None  # what failed last
+
+
+class PullAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What /localaid/pull answers, and each of its events."""
+
+    present: str | None = None  # a file that is there, so that nothing has to come
+    downloads: tuple[DownloadStatus, ...] = ()
+
+
+class PullRecord(msgspec.Struct, kw_only=True):
+    """What of a download must outlive the daemon: one file of JSON in the journal."""
+
+    name: str
+    weights: Weights
+    asked_at: float  # seconds since the epoch
+    state: PullState = "waiting"
+    problem: str | None = None
+    url: str = ""  # whose bytes the part has
+    etag: str = ""
+    last_modified: str = ""
+    total: int | None = None
+
+
+def landing_name(weights: Weights) -> str:
+    """Return what a file will be called in the models folder: no path, nothing hidden or odd, and .gguf at its end.
+
+    Rules and addresses are strangers' texts.
+    """
+    address = urllib.parse.unquote(urllib.parse.urlsplit(weights.urls[0]).path) if weights.urls else ""
+    text = (weights.file or address).replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+    text = "".join(char if char.isprintable() and char not in '<>:"|?*' else "_" for char in text)
+    stem = text[:-5] if text.lower().endswith(".gguf") else text
+    stem = stem.encode("utf-8", "replace")[:_FILE_STEM_BYTES].decode("utf-8", "ignore").strip(". ~")
+    return f"{stem or 'model-' + weights.sha.partition(':')[2][:8]}.gguf"
+
+
+def render_progress(status: DownloadStatus) -> str:
+    """Return how a download stands: "a.gguf: 41 % of 386 MB, 12.3 MB/s, 19 s left"."""
+    name = PurePosixPath(status.file).name
+    parts = [f"{status.bytes / 1e6:.0f} MB"]
+    if status.total:
+        parts = [f"{status.bytes * 100 // status.total} % of {status.total / 1e6:.0f} MB"]
+    if status.state == "running" and status.rate:
+        parts.append(f"{status.rate / 1e6:.1f} MB/s")
+    if status.state == "running" and status.eta_s is not None:
+        parts.append(f"{status.eta_s:.0f} s left")
+    if status.state != "running":
+        parts.append(status.state)
+    return f"{name}: {', '.join(parts)}"
+
+
+class TransferRate:
+    """Bytes a second over the last _RATE_S."""
+
+    def __init__(self) -> None:
+        """Start without a measure."""
+        self._samples: deque[tuple[float, int]] = deque()
+
+    def note(self, now: float, size_bytes: int) -> None:
+        """Take note that so much is there."""
+        samples = self._samples
+        if samples and now - samples[-1][0] < _SAMPLE_S:
+            return
+        samples.append((now, size_bytes))
+        while now - samples[0][0] > _RATE_S:
+            samples.popleft()
+
+    def per_s(self, now: float, size_bytes: int) -> float:
+        """Return the rate; 0: nothing came, or nothing is known yet."""
+        if not self._samples:
+            return 0.0
+        since, before_bytes = self._samples[0]
+        return max(0.0, (size_bytes - before_bytes) / (now - since)) if now > since else 0.0
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._samples.clear()
+
+
+# -- the file (blocking: for threads) --
+
+
+class PartFile:
+    """The bytes of a download that are there, hashed as they come.  For one caller at a time; another process waits."""
+
+    def __init__(self, path: Path, algorithms: Iterable[str]) -> None:
+        """Open or make it.  Raises `OSError`; `BlockingIOError`: another process has it."""
+        self.path: Final = path
+        self.size = 0  # hashed bytes; what lies behind them does not count
+        self.thread: Final = concurrent.futures.ThreadPoolExecutor(1, "pull")  # one: blocks are written in their order
+        self._failure: LocalaidError | None = None
+        self._algorithms = tuple(algorithms)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise
+        except OSError:  # a file system without locks
+            PULL_LOG.debug("%s cannot be locked", path)
+        self.device = os.fstat(self._descriptor).st_dev
+        self._start_hashes()
+
+    def _start_hashes(self) -> None:
+        self._digests = {name: hashlib.new(name, usedforsecurity=False) for name in self._algorithms}
+
+    def check_more(self) -> bool:
+        """Hash some more of what was there before; return whether there may be more.  Raises `OSError`."""
+        buffer = memoryview(bytearray(PULL_BLOCK_BYTES))
+        for _ in range(PULL_CHECK_BYTES // PULL_BLOCK_BYTES):
+            size = os.preadv(self._descriptor, [buffer], self.size)
+            for digest in self._digests.values():
+                digest.update(buffer[:size])
+            self.size += size
+            if not size:
+                return False
+        return True
+
+    def add(self, chunks: Sequence[bytes]) -> None:
+        """Write and hash what has come; after a failure nothing more.  Raises `NoRoom`, `NoModelsFolder`."""
+        if self._failure is not None:
+            raise self._failure
+        if len(chunks) > PULL_PIECES:
+            chunks = [b"".join(chunks)]
+        at = self.size
+        end = at + sum(map(len, chunks))
+        try:
+            at += os.pwritev(self._descriptor, chunks, at)
+            while at < end:  # rare: a signal, or a disk that is nearly full
+                at += os.pwrite(self._descriptor, b"".join(chunks)[at - self.size :], at)
+        except OSError as error:
+            folder = str(self.path.parent)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                free_bytes = shutil.disk_usage(folder).free
+                self._failure = NoRoom(folder=folder, needed_bytes=free_bytes + end - at, free_bytes=free_bytes)
+            else:
+                self._failure = NoModelsFolder(problems=[f"{folder}: {error.strerror}"])
+            raise self._failure from error
+        for digest in self._digests.values():
+            for chunk in chunks:
+                digest.update(chunk)
+        self.size = end
+
+    def restart(self) -> None:
+        """Throw away what is there.  Raises `OSError`."""
+        os.ftruncate(self._descriptor, 0)
+        self.size = 0
+        self._start_hashes()
+
+    def finish(self) -> tuple[dict[str, str], os.stat_result]:
+        """Make it last and close it; return algorithm -> hex digest, and its status.  Raises `OSError`.
+
+        Closed under its own name it would look as if it had just been written, and be hashed.
+        """
+        os.ftruncate(self._descriptor, self.size)
+        os.fsync(self._descriptor)
+        status = os.fstat(self._descriptor)
+        self.close()
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}, status
+
+    def close(self) -> None:
+        """Close it; the next process may have it."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        self.thread.shutdown(wait=False)  # it has nothing to do
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Rename to a name that nothing has.  Raises `FileExistsError` where something has it, and `OSError`."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    places = (_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target))
+    if rename is not None and rename(*places, _RENAME_NOREPLACE) == 0:
+        return
+    number = errno.ENOSYS if rename is None else ctypes.get_errno()
+    if number not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(number, os.strerror(number), str(target))
+    if os.path.lexists(target):  # a file system that cannot tell by itself
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    source.rename(target)
+
+
+def land_file(part: Path, names: Iterable[str]) -> Path:
+    """Give a part the first of some names that nothing has; return its path.  Raises `OSError`."""
+    for name in names:
+        with contextlib.suppress(FileExistsError):
+            rename_new(part, part.with_name(name))
+            folder = os.open(part.parent, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+            return part.with_name(name)
+    raise FileExistsError(errno.EEXIST, "every name is taken", str(part))
+
+
+async def _in_thread(call: Callable[[], _CallT]) -> _CallT:
+    """Run a blocking call; who is cancelled meanwhile waits for its end: it uses a file that will be closed."""
+    running = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        running.exception()  # nobody is left to be told
+        raise
+
+
+# -- one mirror --
+
+
+def check_source(url: str, came_from: str, *, allow_http: bool) -> None:
+    """Raise `SourceFailed` where an address, or a redirect to it, is not to be followed."""
+    try:
+        scheme, host = urllib.parse.urlsplit(url).scheme, urllib.parse.urlsplit(url).hostname
+    except ValueError:
+        scheme, host = "", None
+    if scheme == "https" and host:
+        return
+    if came_from and (scheme != "http" or not came_from.startswith("http://")):
+        raise SourceFailed(url=came_from, problem=f"redirects to {url[:200]}, which is not https", is_final=True)
+    if scheme != "http" or not host:
+        raise SourceFailed(url=url[:200], problem="is no https address", is_final=True)
+    if not allow_http:
+        problem = "is not https, and allow_http is false in the settings"
+        raise SourceFailed(url=url, problem=problem, is_final=True)
+
+
+def token_headers(url: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers that show a token of the environment, to the one host that it is for."""
+    parts = urllib.parse.urlsplit(url)
+    if environ.get("HF_TOKEN") and parts.scheme == "https" and parts.hostname == "huggingface.co":
+        return {"Authorization": f"Bearer {environ['HF_TOKEN']}"}
+    return {}
+
+
+class _Answer(NamedTuple):
+    """What the head of a mirror's answer says of what follows."""
+
+    start: int  # of its first byte in the file
+    total: int | None
+    etag: str
+    last_modified: str
+
+
+def read_answer_head(url: str, status: int, headers: Mapping[str, str], start: int) -> _Answer:
+    """Return what a mirror gives, asked for the file from byte `start`: nothing where `total` is not more than that.
+
+    Raises `SourceFailed`.
+    """
+    etag, modified = headers.get("ETag", "").strip(), headers.get("Last-Modified", "").strip()
+    span = re.fullmatch(r"bytes (?:(\d{1,18})-\d{1,18}|\*)/(\d{1,18}|\*)", headers.get("Content-Range", "").strip())
+    total = int(span[2]) if span and span[2] != "*" else None
+    if headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+        raise SourceFailed(url=url, problem="packs the file, though it was asked not to", is_final=True)
+    match status:
+        case HTTPStatus.OK:
+            length = headers.get("Content-Length", "")
+            return _Answer(0, int(length) if length.isdecimal() else None, etag, modified)
+        case HTTPStatus.PARTIAL_CONTENT if start and span and span[1] and int(span[1]) == start:
+            return _Answer(start, total, etag, modified)
+        case HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE if start and total is not None and total <= start:
+            return _Answer(start, total, etag, modified)
+    retry = headers.get("Retry-After", "").strip()
+    wait_s = min(float(retry), PULL_BACKOFF_LIMIT_S) if retry.isdecimal() else 0.0
+    is_final = 400 <= status < 500 and status not in (*_TRY_AGAIN, 416)  # noqa: PLR2004 (HTTP's client errors)
+    raise SourceFailed(url=url, problem=f"answers with status {status}", is_final=is_final, wait_s=wait_s)
+
+
+# -- one download --
+
+
+class Download:
+    """One file on its way; its task is `run`."""
+
+    def __init__(self, puller: Puller, record: PullRecord) -> None:
+        """Hold a download that has not begun."""
+        self.record: Final = record
+        self.waiting = 0  # requests
+        self.ended = asyncio.Event()
+        self.ended_at = 0.0  # on the loop's clock
+        self.device = 0
+        self.file = landing_name(record.weights)
+        self._puller = puller
+        self._part: PartFile | None = None
+        self._received = 0  # of the file, with what is not written yet
+        self._rate = TransferRate()
+        self._pieces: set[str] = set()  # where the part's bytes are from: addresses, or "" for an earlier time
+        self._may_mix = True
+        self._mirrors = list(record.weights.urls)
+        self._rounds = 0  # without a new byte
+        self._url = record.url or record.weights.urls[0]
+        self._is_foreign = False  # another process has the part: the journal is its
+
+    @property
+    def sha(self) -> str:
+        """Which file it is, as its rule names it."""
+        return self.record.weights.sha
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it runs or waits to."""
+        return self.record.state in ACTIVE_PULLS
+
+    @property
+    def left_bytes(self) -> int:
+        """What is still to come, as far as it is known."""
+        return max(0, (self.record.total or 0) - self._received)
+
+    def status(self) -> DownloadStatus:
+        """Return how it stands."""
+        record, now = self.record, asyncio.get_running_loop().time()
+        rate = self._rate.per_s(now, self._received) if record.state == "running" else 0.0
+        return DownloadStatus(
+            name=record.name,
+            file=self.file,
+            sha=self.sha,
+            url=_without_user(self._url),
+            bytes=self._received,
+            total=record.total,
+            rate=round(rate, 1),
+            eta_s=round(self.left_bytes / rate, 1) if rate and record.total is not None else None,
+            state=record.state,
+            problem=record.problem,
+        )
+
+    @property
+    def retry_after_s(self) -> float:
+        """In what time it may be there, as far as that can be measured."""
+        eta_s = self.status().eta_s
+        return PULL_ETA_S if eta_s is None else min(max(eta_s, 1.0), PULL_ETA_LIMIT_S)
+
+    @contextlib.contextmanager
+    def wait_in_line(self, limit: int) -> Iterator[None]:
+        """Count a request that waits.  Raises `QueueFull` where so many do."""
+        if self.waiting >= limit:
+            raise QueueFull(file=self.file, waiting=self.waiting, retry_after_s=self.retry_after_s)
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
+    async def run(self) -> None:
+        """Fetch the file; ends as "done" or "failed".  Who cancels it says how it stands."""
+        try:
+            if await self._find_split_part():
+                await self._note("done")
+                return
+            await self._reopen()
+            await self._note("running")
+            async with self._puller.open_session() as session:
+                await self._fetch_any(session)
+            await self._note("done")
+        except (LocalaidError, OSError) as error:
+            await self._note("failed", error.problem if isinstance(error, PullFailed) else str(error))
+        except Exception as error:  # noqa: BLE001 - a fault of ours ends this download; told as all that end it are
+            PULL_LOG.error("the download of %s failed", self.file, exc_info=error)
+            await self._note("failed", f"{type(error).__name__}: {error}")
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._part is not None:
+            self._part.close()
+            self._part = None
+
+    async def _note(self, state: PullState, problem: str | None = None) -> None:
+        """Take note of how it stands, also in the journal."""
+        record = self.record
+        record.state, record.problem = state, problem
+        if state == "failed":
+            PULL_LOG.error("%s (%s) cannot be downloaded: %s", self.file, self.sha, problem)
+        if not self._is_foreign:
+            await _in_thread(functools.partial(self._puller.save, msgspec.structs.replace(record)))
+        if state not in ACTIVE_PULLS:
+            self.ended_at = asyncio.get_running_loop().time()
+            self.ended.set()
+        self._puller.tell()
+
+    async def _find_split_part(self) -> bool:
+        """Return whether the file is a part of a split model that is there: the index does not know those by SHA."""
+        split = parse_split_name(self.file)
+        place = self._puller.find_file(self.file) if split is not None and split.number > 1 else None
+        if place is None:
+            return False
+        algorithm, _, digest = self.sha.partition(":")
+        hashing = functools.partial(hash_file, str(place), (algorithm,), self._puller.check_stopping)
+        if (await _in_thread(hashing))[algorithm] != digest:
+            return False
+        self.file = str(place)
+        return True
+
+    async def _reopen(self) -> None:
+        """Open the part that an earlier time has left, and hash it."""
+        name = _part_name(self.sha)
+        path = self._puller.find_file(name)
+        if path is None:
+            return
+        await self._note("checking")
+        await self._open(path)
+        part = cast("PartFile", self._part)  # opened above
+        while await _in_thread(part.check_more):
+            self._received = part.size
+        self._received = part.size
+        if part.size:
+            self._pieces.add("")
+        else:
+            self._take_restart()
+
+    async def _open(self, path: Path) -> None:
+        """Open a part.  Raises `OSError`, `PullFailed`."""
+        shas = (self.sha, *self.record.weights.also)
+        algorithms = {"sha256", *(sha.partition(":")[0] for sha in shas)}
+        try:
+            self._part = await _in_thread(functools.partial(PartFile, path, algorithms))
+        except BlockingIOError:
+            self._is_foreign = True
+            problem = "another localaid is downloading it; wait for that"
+            raise PullFailed(file=self.file, problem=problem, retry_after_s=PULL_AGAIN_S) from None
+        self.device = self._part.device
+
+    async def _fetch_any(self, session: aiohttp.ClientSession) -> None:
+        """Go through the mirrors, round after round, until the file has landed.  Raises `LocalaidError`."""
+        mirrors = self._mirrors
+        mirrors.sort(key=lambda url: url != self.record.url)  # that whose bytes are there goes first
+        problems: dict[str, str] = {}
+        best = self._received
+        while mirrors and self._rounds < PULL_ROUNDS:
+            wait_s = 0.0
+            for url in tuple(mirrors):
+                try:
+                    await self._fetch(session, url)
+                    await self._land(url)
+                except SourceFailed as error:
+                    problems[url] = self._tell_problem(error)
+                    wait_s = max(wait_s, error.wait_s)
+                    is_final = error.is_final
+                except WeightsMismatch as error:
+                    problems[url] = self._tell_problem(error)
+                    is_final = len(self._pieces) == 1  # else it is not known whose bytes were wrong
+                    self._may_mix, best = self._may_mix and is_final, 0
+                    self._forget()
+                else:
+                    return
+                if is_final:
+                    mirrors.remove(url)
+            self._rounds = 0 if self._received > best else self._rounds + 1
+            best = max(best, self._received)
+            if mirrors and self._rounds < PULL_ROUNDS:
+                backoff_s = min(PULL_BACKOFF_LIMIT_S, PULL_BACKOFF_S * 2**self._rounds)
+                await asyncio.sleep(max(wait_s, backoff_s * random.uniform(0.5, 1)))  # noqa: S311 - no secret
+        raise PullFailed(file=self.file, problem="; ".join(problems.values()), retry_after_s=PULL_AGAIN_S)
+
+    def _tell_problem(self, error: LocalaidError) -> str:
+        """Log what is wrong with a mirror, and show it on status; return its text."""
+        problem = self.record.problem = _without_user(str(error))
+        PULL_LOG.warning("%s: %s", self.file, problem)
+        return problem
+
+    def _forget(self) -> None:
+        """Begin from the first byte: the part is no more."""
+        self.close()
+        self._take_restart()
+        self.record.url = ""
+
+    def _take_restart(self) -> None:
+        """Take note that there is no byte of the file any more."""
+        self._received, self._pieces = 0, set()
+        self._rate.forget()
+        self.record.etag = self.record.last_modified = ""
+        self.record.total = None
+
+    async def _fetch(self, session: aiohttp.ClientSession, url: str) -> None:
+        """Bring the part to its end from one mirror.  Raises `LocalaidError`."""
+        import aiohttp  # noqa: PLC0415 - a worker is sooner ready without it
+
+        self._url = url
+        part, record = self._part, self.record
+        if part is not None and part.size:
+            if part.size == record.total:
+                return
+            if url != record.url and not self._may_mix:
+                await _in_thread(part.restart)
+                self._take_restart()
+        start = part.size if part is not None else 0
+        try:
+            async with self._ask(session, url, start) as answer:
+                head = read_answer_head(url, answer.status, answer.headers, start)
+                if start and head.start == head.total:
+                    return
+                if part is not None and start:
+                    await self._fit(part, url, head)
+                await self._make_ready(url, head)
+                await self._read(answer)
+        except (aiohttp.ClientError, ConnectionError, TimeoutError, ValueError) as error:
+            raise SourceFailed(url=url, problem=f"broke off: {_describe(error)}") from error
+
+    async def _fit(self, part: PartFile, url: str, head: _Answer) -> None:
+        """See that an answer goes on with a part; if it cannot, the part begins anew.  Raises `SourceFailed`."""
+        total = self.record.total
+        is_shorter = head.total is not None and head.total < part.size
+        is_other = is_shorter or (head.start > 0 and None not in (total, head.total) and total != head.total)
+        if head.start > 0 and not is_other:
+            return
+        problem = "has a file of another size" if is_other else "does not go on in mid-file"
+        if url != self.record.url and self.record.url in self._mirrors and self._rounds < PULL_PATIENT_ROUNDS:
+            raise SourceFailed(url=url, problem=f"{problem}, and {self.record.url} may yet")  # its bytes are worth it
+        PULL_LOG.info("%s: begins anew at %d bytes: %s %s", self.file, part.size, _without_user(url), problem)
+        await _in_thread(part.restart)
+        self._take_restart()
+        if is_other:
+            raise SourceFailed(url=url, problem=problem)
+
+    @contextlib.asynccontextmanager
+    async def _ask(self, session: aiohttp.ClientSession, url: str, start: int) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Ask a mirror for the file from byte `start`; follows redirects.  Raises `SourceFailed`."""
+        headers = {}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+            validator = "" if self.record.etag.startswith("W/") else self.record.etag
+            if url == self.record.url and (validator or self.record.last_modified):
+                headers["If-Range"] = validator or self.record.last_modified
+        at, came_from = url, ""
+        for _ in range(PULL_REDIRECTS + 1):
+            check_source(at, came_from, allow_http=self._puller.allow_http)
+            shown = {**headers, **token_headers(at, os.environ)}
+            async with session.get(at, headers=shown, allow_redirects=False) as answer:
+                if answer.status not in (301, 302, 303, 307, 308) or "Location" not in answer.headers:
+                    yield answer
+                    return
+                at, came_from = urllib.parse.urljoin(at, answer.headers["Location"]), at
+        raise SourceFailed(url=url, problem=f"redirects more than {PULL_REDIRECTS} times", is_final=True)
+
+    async def _make_ready(self, url: str, head: _Answer) -> None:
+        """See that there is room and a part; remember whose bytes come.  Raises `NoRoom`, `NoModelsFolder`."""
+        record = self.record
+        record.total = head.total if head.total is not None or head.start == 0 else record.total
+        needed_bytes = (record.total or PULL_ROOM_EVERY_BYTES) - (self._part.size if self._part else 0)
+        if self._part is None:
+            await self._choose_folder(needed_bytes)
+        else:
+            self._check_room(self._part.path.parent, needed_bytes)
+        record.url, record.etag, record.last_modified = url, head.etag, head.last_modified
+        self._pieces.add(url)
+        await self._note("running", record.problem)
+
+    async def _choose_folder(self, needed_bytes: int) -> None:
+        """Make the part in the first models folder that can be written and has room.  Raises as `_make_ready`."""
+        problems, no_room = [], None
+        for folder in self._puller.folders:
+            try:
+                await _in_thread(functools.partial(folder.mkdir, parents=True, exist_ok=True))
+                self._check_room(folder, needed_bytes)
+                await self._open(folder / _part_name(self.sha))
+            except NoRoom as error:
+                no_room = no_room or error
+            except OSError as error:
+                problems.append(f"{folder}: {error.strerror}")
+            else:
+                return
+        raise no_room or NoModelsFolder(problems=problems)
+
+    def _check_room(self, folder: Path, needed_bytes: int) -> None:
+        """Raise `NoRoom` where a download does not fit, beside the others that run."""
+        free_bytes = shutil.disk_usage(folder).free - self._puller.reserved_bytes(folder.stat().st_dev, self)
+        if needed_bytes + PULL_ROOM_BYTES > free_bytes:
+            raise NoRoom(folder=str(folder), needed_bytes=needed_bytes + PULL_ROOM_BYTES, free_bytes=free_bytes)
+
+    async def _read(self, answer: aiohttp.ClientResponse) -> None:
+        """Write what comes, a block while the next one is read.  Raises what `PartFile.add` and aiohttp raise."""
+        part, loop = cast("PartFile", self._part), asyncio.get_running_loop()  # made ready before
+        writing: deque[asyncio.Future[None]] = deque()
+        chunks: list[bytes] = []
+        size, room_at = 0, part.size + PULL_ROOM_EVERY_BYTES
+        try:
+            async for chunk, _ in answer.content.iter_chunks():  # `readany` would copy them into one
+                chunks.append(chunk)
+                size += len(chunk)
+                self._received += len(chunk)
+                self._rate.note(loop.time(), self._received)
+                if size < PULL_BLOCK_BYTES:
+                    continue
+                if len(writing) >= PULL_BLOCKS:
+                    await writing.popleft()
+                if self.record.total is None and part.size >= room_at:
+                    self._check_room(part.path.parent, PULL_ROOM_EVERY_BYTES)
+                    room_at = part.size + PULL_ROOM_EVERY_BYTES
+                writing.append(loop.run_in_executor(part.thread, part.add, chunks))
+                chunks, size = [], 0
+        finally:
+            chunks.append(_drain(answer.content))
+            writing.append(loop.run_in_executor(part.thread, part.add, chunks))
+            await asyncio.wait(writing)
+            self._received = part.size
+            for one in writing:
+                one.result()  # what the disk says goes before what the network says
+
+    async def _land(self, url: str) -> None:
+        """Give the file its name where a SHA of its rule holds.  Raises `WeightsMismatch`, `OSError`."""
+        part, weights, index = cast("PartFile", self._part), self.record.weights, self._puller.index
+        digests, status = await _in_thread(part.finish)
+        found = [f"{name}:{digest}" for name, digest in digests.items()]
+        held = next((sha for sha in (weights.sha, *weights.also) if sha in found), None)
+        if held is None:
+            algorithm = weights.sha.partition(":")[0]
+            digest, name = digests[algorithm], self.file
+            names = [f"{name}.mismatch-{digest[:8]}", f"{name}.mismatch-{digest[:64]}"]
+            kept = await _in_thread(functools.partial(_set_aside, part.path, names))
+            raise WeightsMismatch(url=url, wanted=weights.sha, found=f"{algorithm}:{digest}", kept=str(kept))
+        present = index.inventory.find(held)
+        if present:  # it came another way meanwhile
+            await _in_thread(part.path.unlink)
+            self.file = present[0].path
+            return
+        index.remember(status, digests)
+        self.file = str(await _in_thread(functools.partial(land_file, part.path, self._names(digests["sha256"]))))
+        PULL_LOG.info("%s: downloaded, %s holds", self.file, held)
+        split = parse_split_name(PurePosixPath(self.file).name)
+        if split is not None and split.number > 1:
+            return  # the first part stands for the model
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PULL_LANDED_S):
+                await index.wait_until(lambda inventory: bool(inventory.find(held)))
+
+    def _names(self, digest: str) -> list[str]:
+        """Return the names that the file may have, the best first; a part of a split model is found by its own only."""
+        if parse_split_name(self.file):
+            return [self.file]
+        stem = self.file.removesuffix(".gguf")
+        return [self.file, f"{stem}-{digest[:8]}.gguf", f"{stem}-{digest}.gguf"]
+
+
+def _drain(content: aiohttp.StreamReader) -> bytes:
+    """Return what came before a connection broke off: aiohttp tells of the break first."""
+    content.set_exception(None)  # type: ignore[arg-type]  # takes the break back
+    return content.read_nowait()
+
+
+def _part_name(sha: str) -> str:
+    """Return what a part of this file is called; the index passes over hidden files."""
+    return f".{sha.replace(':', '-')}.part"
+
+
+def _set_aside(part: Path, names: Sequence[str]) -> Path:
+    """Give a file one of some names that the index passes over; under the last of them only its own content can lie."""
+    try:
+        return land_file(part, names)
+    except FileExistsError:
+        return part.replace(part.with_name(names[-1]))
+
+
+def _describe(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _without_user(text: str) -> str:
+    """Return a text without names and passwords in addresses."""
+    return re.sub(r"(https?://)[^/\s@]+@", r"\1", text)
+
+
+# -- all downloads --
+
+
+class Puller:
+    """All downloads.  Belongs to the event loop."""
+
+    JOURNAL: ClassVar = "pulls"  # folder below the state's
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        *,
+        index: ModelIndex,
+        state: Path,
+        at_once: int = 2,
+        allow_http: bool = False,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Land files in the first of `folders` that takes them; the journal is in the folder `state`."""
+        self.folders: Final = tuple(folders)
+        self.index: Final = index
+        self.downloads: Final[dict[str, Download]] = {}  # by SHA, in the order in which they were asked for
+        self.at_once = at_once
+        self.allow_http = allow_http
+        self.is_stopping = False
+        self._journal = state / self.JOURNAL
+        self._on_change = on_change
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._news = asyncio.Event()
+
+    async def start(self, *, goes_on: bool = True) -> None:
+        """Go on with what an earlier time has left; what had failed or was cancelled is told of, no more."""
+        records = await asyncio.to_thread(self._load)
+        for record in sorted(records, key=lambda record: record.asked_at):
+            is_active = goes_on and record.state in ACTIVE_PULLS
+            if record.state in ACTIVE_PULLS:
+                record.state = "waiting" if is_active else "cancelled"
+            download = self.downloads[record.weights.sha] = Download(self, record)
+            if not is_active:
+                download.ended.set()
+        self.schedule()
+
+    async def stop(self) -> None:
+        """End all downloads; the next start goes on with them."""
+        self.is_stopping = True
+        tasks = tuple(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+        self.tell()
+        for download in self.downloads.values():
+            download.ended.set()  # who waits for it goes
+
+    def pull(self, name: str, weights: Weights) -> Download:
+        """Have a file downloaded: begins at once, or when others have ended; one that is on its way is not begun again.
+
+        Raises `ShuttingDown`.
+        """
+        if self.is_stopping:
+            raise ShuttingDown
+        known = self.downloads.get(weights.sha)
+        if known is not None and known.is_active:
+            return known
+        record = PullRecord(name=name, weights=weights, asked_at=time.time())
+        if known is not None:  # go on with its bytes
+            old = known.record
+            record.url, record.total = old.url, old.total
+            record.etag, record.last_modified = old.etag, old.last_modified
+            del self.downloads[weights.sha]
+        self.downloads[weights.sha] = Download(self, record)
+        self._forget_old()
+        self.schedule()
+        return self.downloads[weights.sha]
+
+    def want(self, name: str, weights: Weights) -> Download:
+        """As `pull`, for a request: what has just failed is not tried again at once.  Raises `PullFailed`."""
+        known = self.downloads.get(weights.sha)
+        now = asyncio.get_running_loop().time()
+        if known is not None and known.record.state in ("failed", "cancelled"):
+            left_s = known.ended_at + PULL_AGAIN_S - now if known.ended_at else 0.0
+            if left_s > 0:
+                problem = known.record.problem or "it was cancelled"
+                raise PullFailed(file=known.file, problem=problem, retry_after_s=left_s)
+        return self.pull(name, weights)
+
+    async def cancel(self, sha: str) -> None:
+        """End a download; what has come of it is kept, for the case that it is asked for again."""
+        download, task = self.downloads[sha], self._tasks.get(sha)
+        if download.is_active:
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
+            if download.is_active:  # it may just have ended
+                await download._note("cancelled")  # noqa: SLF001 - its owner
+            self.schedule()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether something is being downloaded."""
+        return bool(self._tasks)
+
+    def statuses(self) -> tuple[DownloadStatus, ...]:
+        """Return how each stands."""
+        return tuple(download.status() for download in self.downloads.values())
+
+    def reserved_bytes(self, device: int, but: Download) -> int:
+        """Return what the others that run will still take of a disk."""
+        others = (self.downloads[sha] for sha in self._tasks if sha != but.sha)
+        return sum(other.left_bytes for other in others if other.device == device)
+
+    async def wait_for_news(self, limit_s: float) -> None:
+        """Wait until a download stands otherwise than before, at most so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._news.wait()
+
+    def tell(self) -> None:
+        """Tell everybody that something has changed."""
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+        self._on_change()
+
+    def resize(self, at_once: int) -> None:
+        """Let so many run at once from now on; those that run go on."""
+        self.at_once = at_once
+        self.schedule()
+
+    def schedule(self) -> None:
+        """Start what waits, first come first served, as far as there are places."""
+        for sha, download in self.downloads.items():
+            if len(self._tasks) >= self.at_once or self.is_stopping:
+                break
+            if download.record.state == "waiting" and sha not in self._tasks:
+                task = self._tasks[sha] = asyncio.create_task(download.run())
+                task.add_done_callback(functools.partial(self._take_end, sha))
+        self.tell()
+
+    def _take_end(self, sha: str, _: asyncio.Task[None]) -> None:
+        self._tasks.pop(sha, None)
+        self.schedule()
+
+    def find_file(self, name: str) -> Path | None:
+        """Return the file of this name that stands in a models folder itself."""
+        places = (folder / name for folder in self.folders)
+        return next((place for place in places if os.path.isfile(place)), None)  # noqa: PTH113 - as in `_is_folder`
+
+    def check_stopping(self, _: int) -> None:
+        """Raise `InterruptedError` in a thread that should end."""
+        if self.is_stopping:
+            raise InterruptedError
+
+    def _forget_old(self) -> None:
+        """Keep but the last of those that have ended."""
+        ended = [sha for sha, download in self.downloads.items() if not download.is_active]
+        for sha in ended[:-PULLS_KEPT]:
+            self._place_of(self.downloads.pop(sha).record).unlink(missing_ok=True)
+
+    def open_session(self) -> aiohttp.ClientSession:
+        """Return a client for one download; proxies are those of the environment."""
+        import aiohttp  # noqa: PLC0415 - a worker is sooner ready without it
+
+        return aiohttp.ClientSession(
+            trust_env=True,
+            auto_decompress=False,
+            read_bufsize=PULL_BLOCK_BYTES,
+            max_line_size=32 * 1024,  # signed addresses are long
+            max_field_size=32 * 1024,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": f"localaid/{__version__}", "Accept-Encoding": "identity"},
+            timeout=aiohttp.ClientTimeout(total=None, connect=PULL_CONNECT_S, sock_read=PULL_READ_S),
+        )
+
+    # -- the journal (blocking: for threads) --
+
+    def _place_of(self, record: PullRecord) -> Path:
+        return self._journal / f"{record.weights.sha.replace(':', '-')}.json"
+
+    def save(self, record: PullRecord) -> None:
+        """Write how a download stands; of one that is done nothing has to be known."""
+        file = self._place_of(record)
+        draft = file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            if record.state == "done":
+                file.unlink(missing_ok=True)
+                return
+            self._journal.mkdir(parents=True, exist_ok=True)
+            draft.write_bytes(msgspec.json.encode(record))
+            draft.replace(file)
+        except OSError as error:
+            PULL_LOG.warning("%s cannot be written, a restart will not go on with it: %s", file, error)
+
+    def _load(self) -> list[PullRecord]:
+        """Read what the journal has."""
+        records = []
+        for file in sorted(self._journal.glob("*.json")):
+            try:
+                records.append(msgspec.json.decode(file.read_bytes(), type=PullRecord))
+            except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+                PULL_LOG.warning("%s cannot be read and is passed over: %s", file, error)
+        return records
 
 
 # == 15. SUPERVISOR: one owner for each worker: queue, load, drain, restart ============================================
@@ -12654,8 +15595,8 @@ class Generation:
     """
 
     __slots__ = (
-        "_ended", "_error", "_events", "_loop", "_owner", "_reply", "_waiter",
-        "again", "client", "frame", "id", "keep_alive_s", "left", "more", "n", "received", "since",
+        "_ended", "_error", "_events", "_fault", "_loop", "_owner", "_reply", "_waiter",
+        "again", "begun", "client", "frame", "id", "keep_alive_s", "left", "more", "n", "received", "since", "take",
     )  # fmt: skip
 
     def __init__(
@@ -12668,8 +15609,11 @@ class Generation:
         self.left = self.n  # sequences that have not finished
         self.frame = encode_frame(task)
         self.client, self.keep_alive_s, self.since = client, keep_alive_s, now
+        self.begun: float | None = None  # when the worker got it
         self.received = False  # whether the worker has answered anything
         self.again = False  # whether it has been put back after a worker's death
+        self.take: Callable[[Accepted | Delta], bool] | None = None  # takes an event at once; False: it waits
+        self._fault: Exception | None = None  # of `take`; for the reader
         self._owner = owner
         self._loop = asyncio.get_running_loop()
         self._events: deque[Accepted | Delta] = deque()
@@ -12693,6 +15637,8 @@ class Generation:
                 return []
             self._waiter = self._loop.create_future()
             await self._waiter
+        if self._fault is not None:
+            raise self._fault
         batch = list(self._events)
         self._events.clear()
         return batch
@@ -12734,7 +15680,13 @@ class Generation:
     # -- the owner's side --
 
     def push(self, event: Accepted | Delta) -> None:
-        """Give the reader an event; a second one before it runs costs no second wake-up."""
+        """Give the reader an event: at once where it takes them so, else by waking it, once for all that wait."""
+        if self.take is not None and not self._events:
+            try:
+                if self.take(event):
+                    return
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is the reader's, and nobody else's here
+                self.take, self._fault = None, error
         self._events.append(event)
         if self._waiter is not None:
             self._wake()
@@ -12749,6 +15701,11 @@ class Generation:
         """What the request failed with."""
         return self._error
 
+    @property
+    def queue_s(self) -> float:
+        """How long it has waited until the worker got it, the model's load included."""
+        return (self._loop.time() if self.begun is None else self.begun) - self.since
+
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
         if waiter is not None and not waiter.done():  # done: the wait was cancelled
@@ -12758,11 +15715,13 @@ class Generation:
 class WorkerProcess(asyncio.Protocol):
     """One child process and its socket: messages go to `receive`, `wait` returns how it ended."""
 
-    def __init__(self, argv: Sequence[str], receive: Callable[[list[FromWorker]], None]) -> None:
-        """Prepare to run `argv` with `--fd N` appended."""
+    def __init__(self, argv: Sequence[str], receive: Callable[[list[FromWorker]], None], name: str) -> None:
+        """Prepare to run `argv` with `--fd N` appended; what it writes to stderr is logged under `name`."""
         self.pid: int | None = None
         self._argv = argv
         self._receive = receive
+        self._name = name
+        self._said = b""  # to stderr, without an end of line yet
         self._loop = asyncio.get_running_loop()
         self._reader = FrameReader(FROM_WORKER)
         self._closed: asyncio.Future[None] = self._loop.create_future()
@@ -12773,23 +15732,31 @@ class WorkerProcess(asyncio.Protocol):
     async def start(self) -> None:
         """Start the process; raises `OSError`."""
         ours, theirs = socket.socketpair()
+        self._stderr, stderr = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._stderr, False)
         try:
             with theirs:
-                self._spawn(theirs.fileno())
+                self._spawn(theirs.fileno(), stderr)
         except OSError:
             ours.close()
+            os.close(self._stderr)
             raise
+        finally:
+            os.close(stderr)
+        self._loop.add_reader(self._stderr, self._relay)
         self._loop.add_reader(self._pidfd, self._note_exit)
         self._transport, _ = await self._loop.create_unix_connection(lambda: self, sock=ours)
 
-    def _spawn(self, fd: int) -> None:
+    def _spawn(self, fd: int, stderr: int) -> None:
         """Start `argv`; by vfork, so the loop stands still for milliseconds only, however large this process is."""
+        level = logging.getLogger().getEffectiveLevel()
         self._popen = subprocess.Popen(  # noqa: S603 - our own program
             [*self._argv, "--fd", str(fd)],
             stdin=subprocess.DEVNULL,
-            stdout=2,
+            stdout=stderr,
+            stderr=stderr,
             pass_fds=(fd,),
-            env={**os.environ, "PYTHONPATH": _PROGRAM_PATH},
+            env={**os.environ, "PYTHONPATH": _PROGRAM_PATH, LOG_LEVEL_VARIABLE: logging.getLevelName(level)},
             start_new_session=True,  # Ctrl-C at the terminal is for the daemon
         )
         self.pid = self._popen.pid
@@ -12808,6 +15775,17 @@ class WorkerProcess(asyncio.Protocol):
             self.kill(f"was ended: {error}")
             return
         self._receive(messages)
+
+    def _relay(self) -> None:
+        """Log what the worker has written to stderr, as far as it goes."""
+        with contextlib.suppress(BlockingIOError):
+            while said := os.read(self._stderr, RELAYED_LIMIT_BYTES):
+                *lines, self._said = (self._said + said).split(b"\n")
+                if len(self._said) > RELAYED_LIMIT_BYTES:
+                    lines, self._said = [*lines, self._said], b""
+                for line in lines:
+                    relay_line(line, self._name, self.pid)
+            self._loop.remove_reader(self._stderr)  # its end
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's name
         """Wait for the exit, but not for ever."""
@@ -12844,6 +15822,10 @@ class WorkerProcess(asyncio.Protocol):
         """Reap the process: its pidfd says that it has exited."""
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
+        self._relay()  # its last words
+        relay_line(self._said, self._name, self.pid)
+        self._loop.remove_reader(self._stderr)
+        os.close(self._stderr)
         self._exited.set_result(self._popen.wait())
         self._insist_after(None, None)
 
@@ -12888,6 +15870,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     steps: int  # of the process so far
     decode_s: float  # of these, spent in llama_decode
     step_s: float  # spent in steps, sampling and sending included
+    deltas: int = 0  # in these steps: about one a token that was generated
+    idle_s: float | None = None  # since its last request came or finished; None: it is at work, or not loaded
     failures: int  # in a row
     retry_after_s: float  # until the next attempt, while it fails
     last_error: str | None
@@ -12915,7 +15899,7 @@ class WorkerOwner:
         self.process: WorkerProcess | None = None
         self.progress = 0.0
         self.last_error: str | None = None
-        self.steps, self.decode_s, self.step_s = 0, 0.0, 0.0
+        self.steps, self.deltas, self.decode_s, self.step_s = 0, 0, 0.0, 0.0
         self._supervisor = supervisor
         self._table = supervisor.table
         self._loop = asyncio.get_running_loop()
@@ -13015,6 +15999,7 @@ class WorkerOwner:
         if not self._running:
             self._heard = now
         self._running[generation.id] = generation
+        generation.begun = now
         self._watch_for_hang()
         self._sequences += generation.n
         self._replies += not generation.n
@@ -13066,6 +16051,7 @@ class WorkerOwner:
         """Give every reader what a step brought for it."""
         running = self._running
         self.steps += 1
+        self.deltas += len(step.deltas)
         self.decode_s += step.decode_s
         self.step_s += step.step_s
         for accepted in step.accepted:
@@ -13107,7 +16093,7 @@ class WorkerOwner:
     def start(self) -> None:
         """Start a process; its task ends when it has been reaped."""
         self._refusal, self.progress = None, 0.0
-        self.steps, self.decode_s, self.step_s = 0, 0.0, 0.0
+        self.steps, self.deltas, self.decode_s, self.step_s = 0, 0, 0.0, 0.0
         self.task = asyncio.create_task(self._own(), name=f"worker {self.target.file}")
 
     def stop(self, reason: str, limit_s: float = STOP_LIMIT_S) -> None:
@@ -13129,7 +16115,7 @@ class WorkerOwner:
     async def _own(self) -> None:
         """Follow one process from its start until it is reaped."""
         self._began = self._loop.time()
-        self.process = WorkerProcess(self._supervisor.worker_argv, self._receive)
+        self.process = WorkerProcess(self._supervisor.worker_argv, self._receive, self.target.file)
         try:
             await self.process.start()
         except OSError as error:
@@ -13227,6 +16213,8 @@ class WorkerOwner:
             steps=self.steps,
             decode_s=self.decode_s,
             step_s=self.step_s,
+            deltas=self.deltas,
+            idle_s=now - row.used_at if row and row.phase == "loaded" and row.idle else None,
             failures=row.failures if row else 0,
             retry_after_s=max(0.0, row.retry_at - now) if row and row.failures else 0.0,
             last_error=self.last_error,
@@ -13427,6 +16415,7 @@ class Supervisor:
 
 if sys.argv[1:2] != ["worker"]:  # a worker is sooner ready without the web server: importing it takes 0.2 s
     from aiohttp import web
+    from aiohttp.http_exceptions import HttpProcessingError
 
 CREDENTIAL: Final = "api-keys"  # its name among systemd's
 UNPACKED: Final = {  # encodings of a body that are taken -> zlib's window bits; 0: not packed
@@ -13439,14 +16428,48 @@ TOLD_HEADERS: Final = "Retry-After, X-Request-Id, Request-Id, X-Localaid-Rule, X
 
 
 @dataclass(slots=True)
+class Tally:
+    """What a job has used so far."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: dict[int, int] = field(default_factory=dict)  # index -> tokens
+    reasoning_tokens: int = 0
+    first_token_s: float = 0.0  # after the request; 0: none yet
+    texts: dict[int, str] | None = None  # index -> its answer, cut at TEXT_LIMIT; None: nobody has asked for it
+
+    def accept(self, accepted: Accepted) -> None:
+        """Count a prompt."""
+        self.prompt_tokens += accepted.prompt_tokens
+        self.cached_tokens += accepted.cached_tokens
+
+    def count(self, index: int, delta: Delta) -> None:
+        """Count what a delta adds to answer `index`; of one that adds reasoning all tokens count as such."""
+        if delta.reasoning:
+            self.reasoning_tokens += delta.tokens - self.completion_tokens.get(index, 0)
+        self.completion_tokens[index] = delta.tokens
+        if self.texts is not None:
+            calls = "".join(f"{call.name or ''}{call.arguments}" for call in delta.calls)
+            self.texts[index] = (self.texts.get(index, "") + delta.reasoning + delta.text + calls)[:TEXT_LIMIT]
+
+    def usage(self) -> Usage:
+        """Return it in OpenAI's shape."""
+        completion_tokens = sum(self.completion_tokens.values())
+        return usage_of(self.prompt_tokens, completion_tokens, self.cached_tokens, self.reasoning_tokens)
+
+
+@dataclass(slots=True)
 class Visit:
     """What is known of one HTTP request on its way."""
 
     id: str  # in the log, and in the header X-Request-Id
     began_s: float  # monotonic
+    line: RequestLine  # what the log is going to say
     route: str = "other"  # its route's path, as metrics have it
     key: ApiKey | None = None  # None: there are no keys, or none is needed here
-    is_logged: bool = False
+    tally: Tally | None = None  # None: it has not come as far as a model
+    stream: web.StreamResponse | None = None  # of its answer, where that was opened to wait for a download
+    render_failure: Callable[[LocalaidError], bytes] = render_sse_error  # in that stream
 
 
 class Keyring:
@@ -13687,9 +16710,11 @@ if sys.argv[1:2] != ["worker"]:
 
 PATIENCE_S: Final = 3.0  # that a stream waits for its first token before its head is sent
 COMMENT_S: Final = 10.0  # between the comments of a stream that waits
+PULL_COMMENT_S: Final = 1.0  # the same while weights are being downloaded: the comments tell how far that is
 CLIENT_GONE: Final = 499  # in metrics and log: nobody was left to get an answer
 SSE_HEADERS: Final = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _HTTP_LOG: Final = logging.getLogger("localaid.http")
+NO_HTTP_LOG: Final = logging.getLogger("localaid.http.server")  # aiohttp's own
 
 
 class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -13704,6 +16729,11 @@ class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
     problems: tuple[str, ...]  # of configs and settings: their last good version is in force
     unservable: dict[str, str]  # file -> why
     memory: SupervisorStatus
+    uptime_s: float = 0.0
+    control: tuple[str, ...] = ()  # unix sockets where the service's group asks without a key
+    integrity: dict[IntegrityState, int] = {}  # of the models' contents: how many
+    mismatches: dict[str, str] = {}  # file -> both SHAs, and what to do
+    downloads: tuple[DownloadStatus, ...] = ()  # of weights, in the order in which they were asked for
 
 
 class State(Protocol):
@@ -13714,6 +16744,7 @@ class State(Protocol):
     table: Table
     supervisor: Supervisor
     responses: ResponseStore  # that clients may still name
+    puller: Puller  # downloads of weights
     is_ready: bool  # whether the folders have been read
     is_draining: bool  # whether localaid stops, and takes no more requests
     control_addresses: frozenset[str]  # of unix sockets for members of the service's group: they need no key there
@@ -13725,6 +16756,10 @@ class State(Protocol):
     @property
     def listings(self) -> tuple[Listing, ...]:
         """Every name that leads to a file."""
+
+    @property
+    def integrity(self) -> Mapping[str, Integrity]:
+        """What the rules say of each file's content, by its path."""
 
     def target_of(self, rule: Rule, file: FileEntry) -> Target:
         """Return what a worker must know to serve `rule` from `file`.  Raises `AdapterMissing`."""
@@ -13743,20 +16778,60 @@ async def track_request(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     """Give a request its `Visit`; count it and, where nothing else did, log it when it has come to its end."""
-    visit = request[VISIT] = Visit(id=_new_id("req"), began_s=time.monotonic())
-    status = CLIENT_GONE
+    request_id = _new_id("req")
+    line = RequestLine(request_id=request_id, method=request.method, path=request.path[:NAME_LIMIT], status=CLIENT_GONE)
+    visit = request[VISIT] = Visit(id=request_id, began_s=time.monotonic(), line=line)
     try:
         response = await handler(request)
-        status = response.status
+    except (ConnectionError, asyncio.CancelledError):
+        line.client_gone = True
+        raise
+    else:
+        line.status = response.status
         return response
     finally:
-        now = time.monotonic()
-        request.app[METRICS].count_request(visit, status, now)
-        if not visit.is_logged:
-            level = logging.DEBUG if status < HTTPStatus.BAD_REQUEST else logging.INFO  # a failure is worth its line
-            name, took_s = visit.key.name if visit.key else "-", now - visit.began_s
-            path = request.path[:200]
-            _HTTP_LOG.log(level, "%s %s %s %r: %d, %.3f s", visit.id, name, request.method, path, status, took_s)
+        _close_visit(request.app[METRICS], visit, time.monotonic())
+
+
+def _tell_of_no_http(record: logging.LogRecord) -> bool:
+    """Make one line of what was no HTTP; aiohttp has its traceback, which may hold any part of what was sent."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        code, what = error.code, type(error).__name__
+        record.levelno, record.levelname, record.exc_info = logging.INFO, "INFO", None
+        record.msg, record.args = f"what a client at %s sent is no HTTP: {code} {what}", record.args
+        setattr(record, FIELDS, RequestLine(request_id="-", status=code, error=what))
+    return _HTTP_LOG.isEnabledFor(record.levelno)
+
+
+NO_HTTP_LOG.addFilter(_tell_of_no_http)
+
+
+def _close_visit(metrics: Metrics, visit: Visit, now: float) -> None:
+    """Count a request that has come to its end, and log it: who asked for what, where it went, what it took."""
+    line, tally = visit.line, visit.tally
+    line.total_s = now - visit.began_s
+    line.key = visit.key.name if visit.key else None
+    metrics.count_request(visit, line.status, now)
+    if tally is not None:
+        label, completion_tokens = line.rule or "", sum(tally.completion_tokens.values())
+        metrics.count_tokens(
+            visit, label, prompt=tally.prompt_tokens, cached=tally.cached_tokens, completion=completion_tokens
+        )
+        line.prompt_tokens, line.cached_tokens = tally.prompt_tokens, tally.cached_tokens
+        line.completion_tokens = completion_tokens
+        if tally.first_token_s:
+            metrics.count_first_token(visit, label, tally.first_token_s)
+            line.first_token_s = tally.first_token_s
+            if completion_tokens > 1 and line.total_s > tally.first_token_s:
+                line.tokens_per_s = (completion_tokens - 1) / (line.total_s - tally.first_token_s)
+        if tally.texts is not None:
+            line.answers = [tally.texts[index] for index in sorted(tally.texts)]
+    level = logging.INFO if line.model is not None or line.status >= HTTPStatus.BAD_REQUEST else logging.DEBUG
+    if line.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        level = logging.WARNING
+    if _HTTP_LOG.isEnabledFor(level):
+        _HTTP_LOG.log(level, "%s", render_request_line(line), extra={FIELDS: line})
 
 
 async def answer_errors(
@@ -13782,22 +16857,34 @@ async def answer_errors(
     except ConnectionError:
         raise  # the client has gone: nobody is left to be told
     except Exception as error:  # noqa: BLE001 - the last resort: the client gets an answer and the log the traceback
-        return error_response(request, _as_told(request, error))
+        return await tell_error(request, _as_told(request, error))
+
+
+async def tell_error(request: web.Request, error: LocalaidError) -> web.StreamResponse:
+    """Answer an error: in the stream of the answer where that was opened to wait for a download, else by its status."""
+    visit = request[VISIT]
+    if visit.stream is None:
+        return error_response(request, error)
+    await visit.stream.write(visit.render_failure(error))
+    return visit.stream
 
 
 def _as_told(request: web.Request, error: Exception) -> LocalaidError:
     """Return an error as the client is told of it; one that nobody expected goes to the log with its traceback."""
-    if isinstance(error, LocalaidError):
-        return error
-    request_id = request[VISIT].id
-    _HTTP_LOG.error("%s: %s %r failed", request_id, request.method, request.path, exc_info=error)
-    return InternalFault(request_id=request_id)
+    told = error if isinstance(error, LocalaidError) else None
+    if told is None:
+        request_id = request[VISIT].id
+        _HTTP_LOG.error("%s: %s %r failed", request_id, request.method, request.path[:NAME_LIMIT], exc_info=error)
+        told = InternalFault(request_id=request_id)
+    request[VISIT].line.error = told.code or type(told).__name__
+    return told
 
 
 def error_response(
     request: web.Request, error: LocalaidError, more_headers: Mapping[str, str] | None = None
 ) -> web.Response:
     """Return an error as an HTTP answer, with `Retry-After` where the error knows when."""
+    request[VISIT].line.error = error.code or type(error).__name__  # not its words, which may be the request's
     headers = dict(more_headers or {})
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
@@ -13842,6 +16929,8 @@ async def read_body(state: State, http: web.Request) -> bytes:
     except TimeoutError:
         raise BodyTooSlow(limit_s=limit_s) from None
     body, key = unpacker.finish(), http[VISIT].key
+    if state.settings.log_prompts:
+        http[VISIT].line.prompt = body[:TEXT_LIMIT].decode("utf-8", "replace")
     return with_model(body, key.model) if key is not None and key.model is not None else body
 
 
@@ -13867,24 +16956,81 @@ def listings_for(state: State, http: web.Request) -> Sequence[Listing]:
     return [listing for listing in state.listings if may_use(key, listing.name)]
 
 
-async def find_model(state: State, http: web.Request, path: str, name: str) -> tuple[Resolution, Rule, FileEntry]:
-    """Resolve a path and a name; waits, bounded, for files that are being hashed.  Returns what was found twice, typed.
+async def find_model(
+    state: State, http: web.Request, path: str, name: str, *, streams: bool = False
+) -> tuple[Resolution, Rule, FileEntry]:
+    """Resolve a path and a name; waits, bounded, for files that are being hashed, or downloaded.
 
-    Raises `ModelNotFound`, `StillHashing`.
+    Returns what was found twice, typed.  Raises `ModelNotFound`, `StillHashing`, and what `wait_for_weights` raises.
     """
     deadline = asyncio.get_running_loop().time() + state.settings.hash_wait_s
+    may_pull = state.settings.pull == "on-demand"
+    line = http[VISIT].line
+    line.model = name[:NAME_LIMIT]
     while True:
         resolution = resolve_for(state, http, path, name)
         if resolution.rule is not None and resolution.file is not None:
+            line.rule, line.file, line.sha256 = resolution.rule.name, resolution.file.relative, resolution.file.sha256
             return resolution, resolution.rule, resolution.file
         hashing = [file.relative for file in resolution.hashing]
         if not hashing and state.is_ready:
-            raise model_not_found(resolution, (listing.name for listing in listings_for(state, http)))
+            candidates = ((rule, shas) for rule, shas, _ in resolution.passed) if may_pull else ()
+            weights = find_weights(candidates, state.inventory)
+            if not weights:
+                raise model_not_found(resolution, (listing.name for listing in listings_for(state, http)))
+            await wait_for_weights(state, http, name, weights, streams=streams)
+            may_pull = False  # what has come and still does not serve will not serve when it comes again
+            continue
         try:
             async with asyncio.timeout_at(deadline):
                 await state.wait_for_change()
         except TimeoutError:
             raise StillHashing(name=name, files=hashing) from None
+
+
+async def wait_for_weights(
+    state: State, http: web.Request, name: str, weights: Sequence[Weights], *, streams: bool
+) -> None:
+    """Have weights downloaded and wait for them: a stream with comments, any other request for a moment only.
+
+    Raises `StillDownloading`, `PullFailed`, `QueueFull`, `ShuttingDown`.
+    """
+    loop, patience_s = asyncio.get_running_loop(), PATIENCE_S
+    deadline = loop.time() + min(state.settings.pull_wait_s, math.inf if streams else PATIENCE_S)
+    for download in [state.puller.want(name, one) for one in weights]:
+        with download.wait_in_line(state.settings.queue_size):
+            while not download.ended.is_set():
+                left_s = deadline - loop.time()
+                if left_s <= 0:
+                    progress, after_s = render_progress(download.status()), download.retry_after_s
+                    raise StillDownloading(name=name, progress=progress, retry_after_s=after_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left_s, patience_s)):
+                        await download.ended.wait()
+                if streams and not download.ended.is_set():
+                    await _send_comment(http, f"downloading {render_progress(download.status())}")
+                    patience_s = PULL_COMMENT_S
+        if download.is_active:
+            raise ShuttingDown
+        if download.record.state != "done":
+            problem = download.record.problem or "it was cancelled"
+            raise PullFailed(file=download.file, problem=problem, retry_after_s=PULL_AGAIN_S)
+
+
+async def _send_comment(http: web.Request, text: str) -> None:
+    """Send a comment in the stream of a request's answer, which is opened for it."""
+    visit = http[VISIT]
+    if visit.stream is None:
+        stream = web.StreamResponse(headers=SSE_HEADERS)
+        await stream.prepare(http)
+        visit.stream = stream
+    await visit.stream.write(render_sse_comment(text))
+
+
+def new_stream(http: web.Request, job: Job) -> web.StreamResponse:
+    """Return the stream of an answer: the one that was opened while the model was being fetched, else a new one."""
+    headers = {**SSE_HEADERS, **(job.headers if _wants_headers(http) else {})}
+    return http[VISIT].stream or web.StreamResponse(headers=headers)
 
 
 def explain_headers(resolution: Resolution) -> dict[str, str]:
@@ -13925,7 +17071,7 @@ async def start_job(
     state: State, http: web.Request, path: str, request: GenerationRequest, prompts: Sequence[Prompt | str | list[int]]
 ) -> AsyncIterator[Job]:
     """Resolve a request and queue its prompts; leaving the block cancels what has not finished."""
-    resolution, rule, file = await find_model(state, http, path, request.model)
+    resolution, rule, file = await find_model(state, http, path, request.model, streams=bool(request.stream))
     target = state.target_of(rule, file)
     job = Job(
         request=request,
@@ -13950,7 +17096,10 @@ async def start_job(
             )
             generation = state.supervisor.submit(target, submit, client=_client_of(http), more=bool(job.generations))
             job.generations.append(stack.enter_context(generation))
-        yield job
+        try:
+            yield job
+        finally:
+            http[VISIT].line.queue_s = max(generation.queue_s for generation in job.generations)
 
 
 def chat_prompt_of(request: ChatRequest) -> ChatPrompt:
@@ -14004,64 +17153,12 @@ async def merge_batches(job: Job) -> Batches:
                 wait.exception()  # the first one's is raised; asyncio would log the others as forgotten
 
 
-@dataclass(slots=True)
-class Tally:
-    """What a job has used so far."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: dict[int, int] = field(default_factory=dict)  # index -> tokens
-    reasoning_tokens: int = 0
-    first_token_s: float = 0.0  # after the request; 0: none yet
-
-    def accept(self, accepted: Accepted) -> None:
-        """Count a prompt."""
-        self.prompt_tokens += accepted.prompt_tokens
-        self.cached_tokens += accepted.cached_tokens
-
-    def count(self, index: int, delta: Delta) -> None:
-        """Count what a delta adds to answer `index`; of one that adds reasoning all tokens count as such."""
-        if delta.reasoning:
-            self.reasoning_tokens += delta.tokens - self.completion_tokens.get(index, 0)
-        self.completion_tokens[index] = delta.tokens
-
-    def usage(self) -> Usage:
-        """Return it in OpenAI's shape."""
-        completion_tokens = sum(self.completion_tokens.values())
-        return usage_of(self.prompt_tokens, completion_tokens, self.cached_tokens, self.reasoning_tokens)
-
-
-def _log_job(http: web.Request, job: Job, tally: Tally) -> None:
-    """Log and count what a job has taken."""
-    log_answer(http, job.request.model, job.resolution, tally, job.id)
-
-
-def log_answer(http: web.Request, name: str, resolution: Resolution, tally: Tally, answer_id: str = "-") -> None:
-    """Log one line a request: who asked for which name, where it went, what it took; never its text.  Counts it too."""
-    visit, rule, file = http[VISIT], resolution.rule, resolution.file
-    completion_tokens = sum(tally.completion_tokens.values())
-    _HTTP_LOG.info(
-        "%s %s %s %s %r -> %r -> %s: %d prompt tokens (%d cached), %d completion tokens, first after %.3f s, %.3f s",
-        visit.id,
-        answer_id,
-        visit.key.name if visit.key else "-",
-        visit.route,
-        name[:200],
-        rule.name if rule else None,
-        (file.sha256 or "")[:12] if file else None,
-        tally.prompt_tokens,
-        tally.cached_tokens,
-        completion_tokens,
-        tally.first_token_s,
-        time.monotonic() - visit.began_s,
-    )
-    visit.is_logged = True
-    metrics, label = http.app[METRICS], rule.name if rule else ""
-    metrics.count_tokens(
-        visit, label, prompt=tally.prompt_tokens, cached=tally.cached_tokens, completion=completion_tokens
-    )
-    if tally.first_token_s:
-        metrics.count_first_token(visit, label, tally.first_token_s)
+def follow(http: web.Request, answer_id: str, tally: Tally) -> None:
+    """Let the request's line in the log have what `tally` comes to count, also where the answer breaks off."""
+    visit = http[VISIT]
+    visit.line.answer_id, visit.tally = answer_id, tally
+    if visit.line.prompt is not None:  # log_prompts
+        tally.texts = {}
 
 
 # -- answers --
@@ -14078,8 +17175,9 @@ async def stream_job(http: web.Request, job: Job, kind: Literal["chat", "complet
         system_fingerprint=job.fingerprint,
         legacy_functions=isinstance(job.request, ChatRequest) and job.request.legacy_functions,
     )
-    response = web.StreamResponse(headers={**SSE_HEADERS, **(job.headers if _wants_headers(http) else {})})
+    response = new_stream(http, job)
     tally, opened = Tally(), set[int]()
+    follow(http, job.id, tally)
     batches = merge_batches(job)
     try:
         async with contextlib.aclosing(keep_alive(http, response, batches)) as alive:
@@ -14089,6 +17187,9 @@ async def stream_job(http: web.Request, job: Job, kind: Literal["chat", "complet
                 await response.write(_render_batch(renderer, first, batch, tally, opened))
                 if not tally.first_token_s:
                     tally.first_token_s = time.monotonic() - job.began_s
+                    if len(job.generations) == 1:
+                        render = functools.partial(_render_batch, renderer, 0, tally=tally, opened=opened)
+                        job.generations[0].take = functools.partial(_write_now, http, response, render)
     except ConnectionError:
         raise  # the client has gone
     except Exception as error:  # whatever it is, a stream that has begun must say that it ends here
@@ -14098,8 +17199,28 @@ async def stream_job(http: web.Request, job: Job, kind: Literal["chat", "complet
         return response
     await response.write(renderer.render_usage(tally.usage()) + SSE_DONE)
     await response.write_eof()
-    _log_job(http, job, tally)
     return response
+
+
+def _write_now(
+    http: web.Request,
+    response: web.StreamResponse,
+    render: Callable[[list[Accepted | Delta]], bytes],
+    event: Accepted | Delta,
+) -> bool:
+    """Write the events of a delta without waking the handler's task, which is half of what a token costs here.
+
+    False: the client has gone or reads slowly, and the task must see to it.  Where the transport holds nothing back,
+    `write` has nothing to wait for, and so comes to its end in one go.
+    """
+    transport = http.transport
+    if transport is None or transport.is_closing() or transport.get_write_buffer_size():
+        return False
+    try:
+        response.write(render([event])).send(None)
+    except StopIteration:
+        return True
+    raise RuntimeError("aiohttp waits for a connection that holds nothing back")
 
 
 def _render_batch(
@@ -14155,6 +17276,7 @@ def _wants_headers(http: web.Request) -> bool:
 async def collect_job(http: web.Request, job: Job) -> tuple[list[Answer], Usage]:
     """Wait for a job's complete answers, in the order of prompts and sequences."""
     tally = Tally()
+    follow(http, job.id, tally)
     scored = top_logprobs_of(job.request) is not None
     answers = [Answer(logprobs=[] if scored else None) for _ in range(len(job.generations) * job.n)]
     streams = [LogprobStream() for _ in answers]
@@ -14167,7 +17289,6 @@ async def collect_job(http: web.Request, job: Job) -> tuple[list[Answer], Usage]
             index = first + event.index
             tally.count(index, event)
             _add_delta(answers[index], event, streams[index])
-    _log_job(http, job, tally)
     return answers, tally.usage()
 
 
@@ -14265,9 +17386,11 @@ async def run_task(
     """Queue a task for the model that was found and wait for its reply; a client that goes cancels it."""
     resolution, rule, file = found
     with state.supervisor.submit(state.target_of(rule, file), task, client=_client_of(http)) as generation:
-        reply = await generation.reply(kind)
-    tokens = reply.tokens if isinstance(reply.tokens, int) else len(reply.tokens)
-    log_answer(http, resolution.name, resolution, Tally(prompt_tokens=tokens))
+        try:
+            reply = await generation.reply(kind)
+        finally:
+            http[VISIT].line.queue_s = generation.queue_s
+    http[VISIT].tally = Tally(prompt_tokens=reply.tokens if isinstance(reply.tokens, int) else len(reply.tokens))
     return Done(reply, explain_headers(resolution) if _wants_headers(http) else {})
 
 
@@ -14316,7 +17439,8 @@ async def answer_rerank(state: State, http: web.Request, request: RerankRequest)
 async def handle_tokenize(state: State, http: web.Request) -> web.StreamResponse:
     """POST /tokenize."""
     request = parse_tokenize_request(await read_body(state, http))
-    task = Tokenize(id=0, text=request.content, add_special=request.add_special, parse_special=request.parse_special)
+    parts = request.content if isinstance(request.content, list) else [request.content]
+    task = Tokenize(id=0, parts=parts, add_special=request.add_special, parse_special=request.parse_special)
     found = await find_any(state, http, request.model or find_only_name(state, http))
     done = await run_task(state, http, found, task, Tokenized)
     tokens = render_tokens(done.reply.tokens, done.reply.pieces, with_pieces=request.with_pieces)
@@ -14392,7 +17516,8 @@ class Dialect(Protocol):
 
 async def stream_dialect(http: web.Request, job: Job, dialect: Dialect) -> web.StreamResponse:
     """Send a job's one answer as server-sent events."""
-    response = web.StreamResponse(headers={**SSE_HEADERS, **(job.headers if _wants_headers(http) else {})})
+    response = new_stream(http, job)
+    follow(http, job.id, dialect.tally)
     try:
         async with contextlib.aclosing(keep_alive(http, response, merge_batches(job))) as alive:
             async for _, batch in alive:
@@ -14409,17 +17534,16 @@ async def stream_dialect(http: web.Request, job: Job, dialect: Dialect) -> web.S
         return response
     await response.write(dialect.render_end())
     await response.write_eof()
-    _log_job(http, job, dialect.tally)
     return response
 
 
 async def collect_dialect(http: web.Request, job: Job, dialect: Dialect) -> None:
     """Wait until a job's one answer is whole."""
+    follow(http, job.id, dialect.tally)
     async for _, batch in merge_batches(job):
         dialect.render_batch(batch)
         dialect.tally.first_token_s = dialect.tally.first_token_s or time.monotonic() - job.began_s
     dialect.render_end()
-    _log_job(http, job, dialect.tally)
 
 
 # -- /v1/responses --
@@ -14474,6 +17598,7 @@ async def answer_response(state: State, http: web.Request, request: ResponseRequ
     """Answer a request for a response, streamed or whole."""
     plan = _plan_response(state, http, request)
     dialect = ResponseDialect(plan, state.responses, _client_of(http))
+    http[VISIT].render_failure = dialect.render_failure
     async with start_job(state, http, RESPONSES, plan.chat, [chat_prompt_of(plan.chat)]) as started:
         job = dataclasses.replace(started, id=plan.response.id)
         if request.stream:
@@ -14609,6 +17734,7 @@ async def answer_message(
 ) -> web.StreamResponse:
     """Answer a request for a message, streamed or whole."""
     dialect = MessageDialect(request, http[VISIT].id)
+    http[VISIT].render_failure = dialect.render_failure
     async with start_job(state, http, MESSAGES, chat, [chat_prompt_of(chat)]) as started:
         job = dataclasses.replace(started, id=dialect.message.id)
         if request.stream:
@@ -14649,7 +17775,8 @@ class Route(NamedTuple):
     answer: type[msgspec.Struct] | None = None  # body; None: text, or JSON of no fixed shape
     event: type[msgspec.Struct] | None = None  # of a stream; None: it has none
     query: tuple[str, ...] = ()  # parameters; those with "!" behind them must be there
-    access: Literal["key", "open", "metrics", "control"] = "key"  # "metrics", "control": as that setting says
+    access: Literal["key", "open", "metrics", "control", "list"] = "key"  # "metrics", "control": as that setting says;
+    # "list": as `control`, but a key that is confined sees its own part
 
     @property
     def label(self) -> str:
@@ -14664,9 +17791,16 @@ class Route(NamedTuple):
 
 
 def admit(state: State, route: Route, http: web.Request) -> ApiKey | None:
-    """Return whose key a request shows; None where none is needed.  Raises `KeyRefused`, `KeyConfined`."""
+    """Return whose key a request shows; None where none is needed.
+
+    Raises `KeyRefused`, `KeyConfined`, and `OriginRefused`: browsers send a web page's POST to this machine too, so
+    what changes something is done for no page that is not listed.
+    """
     settings, access = state.settings, route.access
-    level = {"metrics": settings.metrics, "control": settings.control}.get(access, access)
+    is_listed = "Access-Control-Allow-Origin" in cors_headers(settings.cors_origins, http.headers)
+    if access == "control" and route.method != "GET" and "Origin" in http.headers and not is_listed:
+        raise OriginRefused(origin=http.headers["Origin"])
+    level = {"metrics": settings.metrics, "control": settings.control, "list": settings.control}.get(access, access)
     address = http.transport.get_extra_info("sockname") if http.transport is not None else None
     if access != "key" and isinstance(address, str) and address in state.control_addresses:
         return None  # whom the socket's mode lets in
@@ -14678,7 +17812,7 @@ def admit(state: State, route: Route, http: web.Request) -> ApiKey | None:
     key = state.keyring.find(shown)
     if key is None:
         raise KeyRefused(is_missing=not shown)
-    if access != "key" and (key.names or key.model is not None):
+    if access not in ("key", "list") and (key.names or key.model is not None):
         raise KeyConfined(key=key.name, path=http.path)
     return key
 
@@ -14707,12 +17841,16 @@ def _model_card(state: State, listing: Listing, failed: AbstractSet[str | None])
         model_state = "loaded"
     elif file.sha256 in failed:
         model_state = "failed"
+    integrity = state.integrity.get(file.path, Integrity(state="hashing"))
     extension = ModelExtension(
         file=file.path,
         sha256=file.sha256,
         layer=rule.layer,
         paths=list(listing.paths),
         state=model_state,
+        integrity=integrity.state,
+        known_by=integrity.layer,
+        problem=integrity.problem,
         description=rule.description,
     )
     return ModelCard(id=listing.name, created=int(file.mtime), localaid=extension)
@@ -14756,14 +17894,68 @@ async def handle_explain(state: State, http: web.Request) -> web.Response:
     for param in ("path", "name"):
         if not http.query.get(param):
             raise BadRequest(param=param, problem="is missing: ask for /localaid/explain?path=v1/chat&name=NAME")
+    path = _path_in(http)
+    resolution = resolve(state.table, state.inventory, path, http.query["name"], state.supervisor.loaded)
+    return json_response(explain(resolution))
+
+
+def _path_in(http: web.Request) -> str:
+    """Return the API path that a request's query has.  Raises `BadRequest`."""
     try:
-        path = parse_api_path(http.query["path"])
+        return parse_api_path(http.query["path"])
     except ValueError as error:
         problem, hint = (*error.args, None)[:2]
         near = f" (did you mean {hint}?)" if hint else ""
         raise BadRequest(param="path", problem=f"is wrong: {problem}{near}") from error
-    resolution = resolve(state.table, state.inventory, path, http.query["name"], state.supervisor.loaded)
-    return json_response(explain(resolution))
+
+
+async def handle_pull(state: State, http: web.Request) -> web.StreamResponse:
+    """POST /localaid/pull?name=NAME: download weights; with follow=true, events tell how that goes until its end.
+
+    A client that goes leaves the download going.
+    """
+    if not http.query.get("name"):
+        raise BadRequest(param="name", problem="is missing: ask for /localaid/pull?name=NAME")
+    if state.settings.pull == "off":
+        raise PullOff
+    path = _path_in(http) if http.query.get("path") else None
+    plan = plan_pull(state.table, state.inventory, http.query["name"], path)
+    pulled = [state.puller.pull(http.query["name"], one) for one in plan.weights]
+    present = plan.present.path if plan.present is not None else None
+    if http.query.get("follow") != "true":
+        return json_response(PullAnswer(present=present, downloads=tuple(one.status() for one in pulled)))
+    response = web.StreamResponse(headers=SSE_HEADERS)
+    await response.prepare(http)
+    while True:
+        answer = PullAnswer(present=present, downloads=tuple(one.status() for one in pulled))
+        await response.write(b"data: " + render_json(answer) + b"\n\n")
+        if state.puller.is_stopping or not any(one.state in ACTIVE_PULLS for one in answer.downloads):
+            return response
+        await state.puller.wait_for_news(PULL_EVENT_S)
+
+
+async def handle_pull_cancellation(state: State, http: web.Request) -> web.Response:
+    """DELETE /localaid/pull?name=NAME: end the downloads of a name; what has come of them is kept for the next time."""
+    name = http.query.get("name", "")
+    named = [one for one in state.puller.downloads.values() if one.is_active and name in (one.record.name, one.sha)]
+    if not named:
+        raise NothingToPull(name=name, reason="no download of this name runs; `localaid status` shows those that do")
+    for one in named:
+        await state.puller.cancel(one.sha)
+    return json_response(PullAnswer(downloads=tuple(one.status() for one in named)))
+
+
+async def handle_list(state: State, http: web.Request) -> web.Response:
+    """GET /localaid/list: names -> rule -> file, and what is missing; a confined key sees its own names only."""
+    key = http[VISIT].key
+    layers: frozenset[Layer] | None = frozenset({"user"})
+    if http.query.get("all", "") in ("1", "true"):
+        layers = frozenset(LAYERS)
+    if key is not None and (key.names or key.model is not None):
+        layers = None
+    states: dict[str, ModelState] = dict.fromkeys(state.supervisor.loaded, "loaded")
+    states |= {sha256: "failed" for sha256 in _failed(state) if sha256 is not None}
+    return json_response(plan_catalog(state.table, state.inventory, listings_for(state, http), states, layers))
 
 
 async def handle_status(state: State, _: web.Request) -> web.Response:
@@ -14826,6 +18018,11 @@ class StatusCollector:
         yield gauge("models_hashing", "Files that are still being hashed", {(): status.hashing})
         yield gauge("config_problems", "Problems of configs, settings and API keys", {(): len(status.problems)})
         yield gauge("rules", "Rules in force by layer", layers, "layer")
+        pulls = collections.Counter(one.state for one in status.downloads)
+        come: dict[tuple[str, ...], float] = {(PurePosixPath(one.file).name,): one.bytes for one in status.downloads}
+        by_state: dict[tuple[str, ...], float] = {(name,): pulls[name] for name in get_args(PullState)}
+        yield gauge("downloads", "Downloads of weights", by_state, "state")
+        yield gauge("download_bytes", "Bytes of each that are there", come, "file")
 
 
 async def handle_metrics(_: State, http: web.Request) -> web.Response:
@@ -14961,7 +18158,29 @@ ROUTES: Final = (
         query=("path!", "name!"),
         access="control",
     ),
+    Route(
+        "POST",
+        "/localaid/pull",
+        handle_pull,
+        "Download weights",
+        answer=PullAnswer,
+        event=PullAnswer,
+        query=("name!", "path", "follow"),
+        access="control",
+    ),
+    Route(
+        "DELETE",
+        "/localaid/pull",
+        handle_pull_cancellation,
+        "End a download",
+        answer=PullAnswer,
+        query=("name!",),
+        access="control",
+    ),
     Route("GET", "/localaid/status", handle_status, "The daemon at a glance", answer=DaemonStatus, access="control"),
+    Route(
+        "GET", "/localaid/list", handle_list, "Names, rules and files", answer=Catalog, query=("all",), access="list"
+    ),
     Route("GET", "/metrics", handle_metrics, "Counters and gauges for Prometheus", access="metrics"),
     Route("GET", "/openapi.json", handle_openapi, "This document", access="open"),
     Route("GET", "/healthz", handle_healthz, "The event loop turns", access="open"),
@@ -15000,7 +18219,6 @@ async def add_headers(state: State, http: web.Request, response: web.StreamRespo
 # What is broken keeps its last good version, and is told of in the log, STATUS= and /localaid/status.
 
 SHARED_DATA: Final = Path("share", "localaid", "default-configs")  # below sys.prefix, as wheels install it
-CONFIG_SUFFIXES: Final = (".yaml", ".yml")
 TEMPLATE_LIMIT_BYTES: Final = 1024 * 1024
 CONFIG_LIMIT_BYTES: Final = 8 * 1024 * 1024
 KEY_EVENTS: Final = (  # in the folder of a file with API keys: written, replaced, gone, its mode
@@ -15020,10 +18238,13 @@ SO_ACCEPTCONN: Final = 30  # socket(7); Python's module has no name for it
 PASSED_VARIABLES: Final = (
     *("NOTIFY_SOCKET", "LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID", "WATCHDOG_USEC"),
 )
-CONTROL_SOCKET: Final = "control"  # its name in $RUNTIME_DIRECTORY; as a systemd socket's it is the same
+CONTROL_SOCKET: Final = "control"  # its name as a systemd socket's
+CONTROL_FILE: Final = "control.sock"  # its file in $RUNTIME_DIRECTORY, or in localaid/ of $XDG_RUNTIME_DIR
+SERVICE_SOCKET: Final = Path("/run/localaid", CONTROL_FILE)  # of the service that contrib/ installs
 CONTROL_MODE: Final = 0o660  # who may write to it, the service's group, needs no API key for what it serves
+BACKLOG: Final = 128  # connections to a unix socket that wait to be accepted
 _HIDDEN_HOMES: Final = ("/home", "/root", "/run/user")  # by ProtectHome=
-_DAEMON_LOG: Final = logging.getLogger("localaid")
+DAEMON_LOG: Final = logging.getLogger("localaid")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15043,12 +18264,12 @@ class Folders:
 
     def layer_of(self, file: str) -> Layer:
         """Return the layer of a config file."""
-        path = Path(file).absolute()
-        if path.is_relative_to(self.configs):
+        path = file if file.startswith("/") else str(Path(file).absolute())
+        if path.startswith(f"{self.configs}/"):
             return "user"
-        if path.is_relative_to(self.fetched):
+        if path.startswith(f"{self.fetched}/"):
             return "fetched"
-        return "shipped" if path.is_relative_to(self.shipped) else "user"  # `localaid check` of a file anywhere
+        return "shipped" if path.startswith(f"{self.shipped}/") else "user"  # `localaid check` of a file anywhere
 
 
 def choose_folders(arguments: argparse.Namespace, settings: Settings, environ: Mapping[str, str]) -> Folders:
@@ -15161,6 +18382,15 @@ def choose_settings_file(arguments: argparse.Namespace, environ: Mapping[str, st
     return Path(configs, "localaid", "localaid.yaml")
 
 
+def choose_control_socket(settings: Settings, environ: Mapping[str, str]) -> Path | None:
+    """Choose where the service's group asks without a key: settings, systemd's directory, XDG's; None: nowhere."""
+    if settings.control_socket is not None:
+        return Path(settings.control_socket) if settings.control_socket else None
+    if environ.get("RUNTIME_DIRECTORY"):
+        return Path(environ["RUNTIME_DIRECTORY"].split(":")[0], CONTROL_FILE)
+    return Path(environ["XDG_RUNTIME_DIR"], "localaid", CONTROL_FILE) if environ.get("XDG_RUNTIME_DIR") else None
+
+
 def load_settings(file: Path, *, must_exist: bool) -> Settings:
     """Read the settings file; without one, the defaults hold.  Raises `ConfigErrors`."""
     try:
@@ -15192,8 +18422,8 @@ def load_memory_bytes() -> int:
 def load_config(file: str) -> tuple[bytes, dict[str, str]]:
     """Read one config and the templates that it names, which lie beside it.  Raises `OSError`."""
     path = Path(file)
-    with path.open("rb") as config:
-        document = config.read(CONFIG_LIMIT_BYTES + 1)
+    with path.open("rb", buffering=0) as config:  # what is read is what is allocated: no limit's worth for each file
+        document = config.read(min(os.fstat(config.fileno()).st_size, CONFIG_LIMIT_BYTES) + 1)
     templates = {}
     for name in template_names(document):
         missing_is_told_by_parsing = contextlib.suppress(FileNotFoundError)
@@ -15230,33 +18460,41 @@ class ConfigLayers:
         changed = {file for file in changes.files if file.endswith(CONFIG_SUFFIXES)}
         templates = (changes.files.keys() | changes.gone) - changed
         changed |= {file for file, uses in self._uses.items() if uses & templates}
+        found: dict[tuple[Layer, str], LoadedConfig | None] = {}
         for file in gone - changes.files.keys():
-            self.set = self.set.put(file, self._folders.layer_of(file), None)
+            found[self._folders.layer_of(file), file] = None
             self._uses.pop(file, None)
         for file in sorted(changed - (gone - changes.files.keys())):
-            self._read(file)
+            layer = self._folders.layer_of(file)
+            found[layer, file] = self._read(file, layer)
+        self.set = self.set.put_all(found)
         return bool(gone or changed)
 
-    def _read(self, file: str) -> None:
+    def _read(self, file: str, layer: Layer) -> LoadedConfig:
         """Read and parse one file."""
-        layer = self._folders.layer_of(file)
         try:
             document, templates = load_config(file)
         except OSError as error:
-            self.set = self.set.put_problems(file, layer, (ConfigProblem(file, "", error.strerror or str(error)),))
             self._uses.setdefault(file, frozenset())
-            return
-        folder = Path(file).parent
-        self._uses[file] = frozenset(str(folder / name) for name in template_names(document))
-        self.set = self.set.put(file, layer, document, templates)
+            return self.set.problems(file, layer, (ConfigProblem(file, "", error.strerror or str(error)),))
+        names = template_names(document)
+        self._uses[file] = frozenset(os.path.join(os.path.dirname(file), name) for name in names)  # noqa: PTH118, PTH120 (2,000 files)
+        return self.set.read(file, layer, document, templates)
 
 
 class Daemon:
     """What is in force, and everything that runs; `State` of the HTTP handlers."""
 
-    def __init__(self, folders: Folders, settings: Settings, listen: str, passed: Passed | None = None) -> None:
-        """Prepare to serve; call within the event loop."""
-        self.folders, self.settings = folders, settings
+    def __init__(
+        self,
+        folders: Folders,
+        settings: Settings,
+        listen: str,
+        passed: Passed | None = None,
+        log_format: LogFormat | None = None,
+    ) -> None:
+        """Prepare to serve; call within the event loop.  `listen` and `log_format`: what goes before the settings."""
+        self.folders, self.settings, self.log_format = folders, settings, log_format
         self.keyring = load_keyring(settings, folders.settings.parent, os.environ)
         self.table = build_table(())
         self.is_ready = False
@@ -15271,6 +18509,14 @@ class Daemon:
         self.index = ModelIndex(
             folders.models, state=folders.state, rescan_s=settings.rescan_s, hash_threads=settings.hash_threads
         )
+        self.puller = Puller(
+            folders.models,
+            index=self.index,
+            state=folders.state,
+            at_once=settings.downloads,
+            allow_http=settings.allow_http,
+            on_change=self._tell_soon,
+        )
         self.is_draining = False
         self.control_addresses: frozenset[str] = frozenset()
         self._passed = passed or Passed()
@@ -15278,7 +18524,7 @@ class Daemon:
         self._listening: tuple[str, ...] = ()
         self._answered: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()  # connections that have had an answer
         self._answering = asyncio.Event()  # one more
-        self._paths: list[Path] = []  # of unix sockets that are ours to remove
+        self._paths: dict[Path, int] = {}  # of unix sockets that are ours to remove -> inode
         self._folder_problems: tuple[FolderUnusable, ...] = ()
         self._layers = ConfigLayers(folders)
         self._auto: tuple[Rule, ...] = ()
@@ -15287,8 +18533,10 @@ class Daemon:
         self._key_problems: tuple[ConfigProblem, ...] = ()
         self._keys_changed = asyncio.Event()  # perhaps
         self._is_public = False  # whether others than this machine can reach it
+        self._began_s = time.monotonic()
         self._targets: dict[tuple[tuple[int, str, int], str], Target] = {}
         self._listings: tuple[Listing, ...] | None = None
+        self._integrity: Mapping[str, Integrity] | None = None
         self._declared: dict[str, set[Prompts]] = {}  # sha256 -> prompts that its worker has been told of
         self._changed = asyncio.Event()
         self._telling: asyncio.TimerHandle | None = None
@@ -15308,6 +18556,13 @@ class Daemon:
         if self._listings is None:
             self._listings = plan_listing(self.table, self.inventory)
         return self._listings
+
+    @property
+    def integrity(self) -> Mapping[str, Integrity]:
+        """What the rules say of each file's content; made when somebody asks."""
+        if self._integrity is None:
+            self._integrity = plan_integrity(self.table, self.inventory)
+        return self._integrity
 
     async def wait_for_change(self) -> None:
         """Wait until the table or the inventory is replaced."""
@@ -15359,6 +18614,9 @@ class Daemon:
     def status(self) -> DaemonStatus:
         """Return what `localaid status` shows."""
         layers = collections.Counter(rule.layer for rule in self.table.rules)
+        integrity = self.integrity
+        models = (file for file in self.inventory.files if file.problem is None)
+        contents = {content_of(file): integrity[file.path].state for file in models}
         return DaemonStatus(
             version=__version__,
             state=self._render_state(),
@@ -15369,8 +18627,13 @@ class Daemon:
             problems=tuple(
                 map(str, (*self._folder_problems, *self._settings_problems, *self._key_problems, *self._problems))
             ),
-            unservable={file.path: file.problem for file in self.inventory.files if file.problem is not None},
+            unservable=plan_unservable(self.inventory),
             memory=self.supervisor.status(),
+            uptime_s=time.monotonic() - self._began_s,
+            control=tuple(sorted(self.control_addresses)),
+            integrity=dict(collections.Counter(contents.values())),
+            mismatches={path: one.problem for path, one in integrity.items() if one.problem is not None},
+            downloads=self.puller.statuses(),
         )
 
     def _render_state(self) -> str:
@@ -15385,6 +18648,10 @@ class Daemon:
         if self.index.hashing and progress.bytes_total:
             percent = progress.bytes * 100 // progress.bytes_total
             parts.append(f"{progress.files_total - progress.files} hashing {percent} %")
+        for download in self.puller.statuses():
+            if download.state in ACTIVE_PULLS:
+                done = f" {download.bytes * 100 // download.total} %" if download.total else ""
+                parts.append(f"pulling {download.name}{done}")
         for worker in workers:
             percent_loaded = f" {worker.progress:.0%}" if worker.state == "loading" else ""
             name = names.get(worker.sha256, worker.file).removesuffix(".gguf")
@@ -15418,7 +18685,7 @@ class Daemon:
         problems = tuple(problem for problem in found if problem is not None)
         for problem in problems:
             if str(problem) not in map(str, self._folder_problems):
-                _DAEMON_LOG.error("%s", problem)
+                DAEMON_LOG.error("%s", problem)
         self._folder_problems = problems
 
     async def _watch(self, seen: asyncio.Event) -> None:
@@ -15442,9 +18709,9 @@ class Daemon:
         for problem in problems:
             if problem not in self._problems:
                 what = "the last good version stays in force" if problem.file in good else "it is left out"
-                _DAEMON_LOG.error("%s; %s", problem, what)
+                DAEMON_LOG.error("%s; %s", problem, what)
         self.table, self._problems = table, problems
-        self._listings = None
+        self._listings = self._integrity = None
         self._targets.clear()
         self.index.want_sha1(wants_sha1(table))
         self._declare_new()
@@ -15474,24 +18741,38 @@ class Daemon:
         try:
             settings = load_settings(self.folders.settings, must_exist=False)
         except ConfigErrors as error:
-            _DAEMON_LOG.error("%s; the settings in force stay", error)
+            for problem in error.problems:
+                DAEMON_LOG.error("%s; the settings in force stay", problem)
             self._settings_problems = error.problems
         else:
-            self._settings_problems = ()
-            for name, apply in SETTINGS_STEPS.items():
-                before, after = getattr(self.settings, name), getattr(settings, name)
-                if before != after:
-                    _DAEMON_LOG.info("settings: %s is now %s", name, after)
-                    apply(self, settings)
-            for name in set(Settings.__struct_fields__) - SETTINGS_STEPS.keys():
-                if getattr(self.settings, name) != getattr(settings, name):
-                    _DAEMON_LOG.warning("settings: %s has changed and needs a restart", name)
-            self.settings = settings
+            self._settings_problems = self._take_settings(settings)
             self._replace_table()
         self.reload_keys()
         self._keys_changed.set()  # the files that hold them may be others now
         self._notify("READY=1")
         self._tell_status()
+
+    def _take_settings(self, settings: Settings) -> tuple[ConfigProblem, ...]:
+        """Take what has changed, one step after the other; return those that failed, whose last good value stays."""
+        changes, problems = diff_settings(self.settings, settings), []
+        for change in changes:
+            apply = SETTINGS_STEPS.get(change.field)
+            if apply is None:
+                DAEMON_LOG.warning("settings: %s needs a restart; %s stays in force", change, change.before)
+                continue
+            try:
+                apply(self, settings)
+            except Exception as error:  # noqa: BLE001 - whatever it was, the other steps are taken
+                problem = f"cannot become {change.after} ({error}); {change.before} stays in force"
+                problems.append(ConfigProblem(str(self.folders.settings), change.key, problem))
+                DAEMON_LOG.error("settings: %s: %s", change.key, problem, exc_info=error)
+                continue
+            value = getattr(settings, change.field)
+            self.settings = msgspec.structs.replace(self.settings, **{change.field: value})
+            DAEMON_LOG.info("settings: %s", change)
+        if not changes:
+            DAEMON_LOG.info("settings: nothing has changed")
+        return tuple(problems)
 
     def reload_keys(self) -> None:
         """Take the API keys anew; what is broken, or would open a public address to everybody, changes nothing."""
@@ -15504,11 +18785,11 @@ class Daemon:
             problems = (ConfigProblem("api_keys", "", str(OpenWithoutKeys(where=self._listen_to))),)
         if problems:
             if problems != self._key_problems:
-                _DAEMON_LOG.error("%s; the API keys in force stay", "; ".join(map(str, problems)))
+                DAEMON_LOG.error("%s; the API keys in force stay", "; ".join(map(str, problems)))
         else:
             if keyring.keys != self.keyring.keys:
                 names = ", ".join(dict.fromkeys(key.name for key in keyring.keys))
-                _DAEMON_LOG.info("API keys: now of %s", names or "nobody, so that everybody may ask")
+                DAEMON_LOG.info("API keys: now of %s", names or "nobody, so that everybody may ask")
             self.keyring = keyring
         self._key_problems = problems
         self._tell_status()
@@ -15551,7 +18832,7 @@ class Daemon:
         if text != self._told:
             self._told = text
             self._notify(f"STATUS={text}")
-        if self.index.hashing:
+        if self.index.hashing or self.puller.is_active:
             self._tell_soon()
 
     def _tell_soon(self) -> None:
@@ -15562,7 +18843,7 @@ class Daemon:
     def _feed_watchdog(self, every_s: float) -> None:
         """Tell systemd that the loop turns; not while a worker has hung and cannot be ended either."""
         if self.supervisor.stuck:
-            _DAEMON_LOG.critical("the workers of %s have hung and cannot be killed", ", ".join(self.supervisor.stuck))
+            DAEMON_LOG.critical("the workers of %s have hung and cannot be killed", ", ".join(self.supervisor.stuck))
         else:
             self._notify("WATCHDOG=1")
         asyncio.get_running_loop().call_later(every_s, self._feed_watchdog, every_s)
@@ -15589,12 +18870,14 @@ class Daemon:
         for folder in (self.folders.configs, self.folders.state):
             _make_folder(folder)
         self._check_folders()
+        _warn_of_prompts(self.settings)
         app = make_app(self)
         app.on_response_prepare.append(self._note_answer)
         runner = web.AppRunner(
             app,
             handler_cancellation=True,
             access_log=None,
+            logger=NO_HTTP_LOG,
             shutdown_timeout=2.0,
             auto_decompress=False,  # `read_body` does, within its limit and with its own errors
         )
@@ -15608,10 +18891,11 @@ class Daemon:
             await _wait_first(seen.wait(), configs)
             extending.cancel()
             self._take_inventory(self.inventory)
+            await self.puller.start(goes_on=self.settings.pull != "off")
             await self._start_listening(runner)
             self.is_ready = True
             gc.freeze()  # what is there now stays; collections need not look at it again
-            print(f"localaid: ready on {', '.join(self._listening)}", file=sys.stderr, flush=True)  # noqa: T201
+            log_always(DAEMON_LOG, f"ready on {', '.join(self._listening)}")
             self._notify("READY=1")
             self._tell_status()
             await _wait_first(self._stop.wait(), configs)
@@ -15625,27 +18909,44 @@ class Daemon:
             for passed in self._passed.http:
                 await self._start_site(web.SockSite(runner, passed), passed.getsockname())
             where = ", ".join(map(_render_address, runner.addresses))
-            _DAEMON_LOG.info("systemd passed %s; the setting `listen` (%s) is not used", where, self._listen_to)
+            DAEMON_LOG.info("systemd passed %s; the setting `listen` (%s) is not used", where, self._listen_to)
         elif self._listen_to.startswith("unix:"):
-            path = self._listen_to.removeprefix("unix:")
-            self._paths.append(Path(path))
-            await self._start_site(web.UnixSite(runner, path), path)
+            path = Path(self._listen_to.removeprefix("unix:"))
+            await self._start_site(web.SockSite(runner, self._open_unix(path)), str(path))
         else:
             host, _, port = self._listen_to.rpartition(":")
             site = web.TCPSite(runner, host.strip("[]"), int(port))
             await self._start_site(site, (host.strip("[]"), int(port)))
         self._listening = tuple(map(_render_address, runner.addresses))
-        control = [*self._passed.control]
-        if not control and "RUNTIME_DIRECTORY" in os.environ:
-            file = Path(os.environ["RUNTIME_DIRECTORY"].split(":")[0], CONTROL_SOCKET)
-            self._paths.append(file)
-            try:
-                control.append(_open_unix(file, CONTROL_MODE))
-            except OSError as error:
-                raise CannotListen(where=f"unix:{file}", problem=error.strerror or str(error)) from error
+        control = [*self._passed.control] or self._open_control()
         self.control_addresses = frozenset(one.getsockname() for one in control)
         for one in control:
             await self._start_site(web.SockSite(runner, one), str(one.getsockname()))
+
+    def _open_control(self) -> list[socket.socket]:
+        """Open the control socket; where nobody has asked for one, none is no error.  Raises `CannotListen`."""
+        path = choose_control_socket(self.settings, os.environ)
+        if path is None:
+            return []
+        is_users_own = self.settings.control_socket is None and "RUNTIME_DIRECTORY" not in os.environ
+        try:
+            if is_users_own:
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+            return [self._open_unix(path, CONTROL_MODE)]
+        except (CannotListen, OSError) as error:
+            if not is_users_own:
+                raise
+            DAEMON_LOG.warning("no control socket: %s", error)
+            return []
+
+    def _open_unix(self, path: Path, mode: int | None = None) -> socket.socket:
+        """Return a socket that listens at `path`, which is ours to remove.  Raises `CannotListen`."""
+        try:
+            opened = _open_unix(path, mode)
+            self._paths[path] = path.lstat().st_ino
+        except OSError as error:
+            raise CannotListen(where=f"unix:{path}", problem=error.strerror or str(error)) from error
+        return opened
 
     async def _start_site(self, site: web.BaseSite, address: str | tuple[str, int]) -> None:
         """Listen; not where others could use the models without a key.  Raises `CannotListen`, `OpenWithoutKeys`."""
@@ -15669,6 +18970,7 @@ class Daemon:
         limit_s = self.settings.drain_s
         self._notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int((limit_s + END_S) * 1e6)}")
         self._tell_status()
+        await self.puller.stop()
         for passed in self._passed.http:
             asyncio.get_running_loop().remove_reader(passed)  # accept no more; a server that is closed at once ...
         await _let_connections_in()  # ... would drop those that asyncio has accepted and not made yet
@@ -15679,8 +18981,10 @@ class Daemon:
             await site.stop()
         await self._wait_for_first_requests(runner)
         await runner.cleanup()
-        for path in self._paths:
-            path.unlink(missing_ok=True)
+        for path, inode in self._paths.items():
+            with contextlib.suppress(OSError):  # gone
+                if path.lstat().st_ino == inode:  # still ours, not of one that has been started since
+                    path.unlink()
         configs.cancel()
         await asyncio.wait({configs})
         if self.is_ready:
@@ -15717,17 +19021,27 @@ SETTINGS_STEPS: Final[Mapping[str, Callable[[Daemon, Settings], None]]] = {  # w
     "keep_alive_s": lambda daemon, new: setattr(daemon.supervisor, "keep_alive_s", new.keep_alive_s),
     "memory": lambda daemon, new: daemon.supervisor.resize(_budget_bytes(new.memory)),
     "stall_s": lambda daemon, new: setattr(daemon.supervisor, "stall_s", new.stall_s),
+    "downloads": lambda daemon, new: daemon.puller.resize(new.downloads),
+    "allow_http": lambda daemon, new: setattr(daemon.puller, "allow_http", new.allow_http),
     "log_level": lambda _, new: logging.getLogger().setLevel(new.log_level.upper()),
+    "log_format": lambda daemon, new: start_logging(new.log_level, daemon.log_format or new.log_format, os.environ),
+    "log_prompts": lambda _, new: _warn_of_prompts(new),
     "prompt_cache_bytes": lambda _daemon, _new: None,  # read whenever a worker starts
     "load": lambda _daemon, _new: None,
     **dict.fromkeys(
         (
-            *("hash_wait_s", "body_limit_bytes", "body_timeout_s", "drain_s"),
+            *("hash_wait_s", "body_limit_bytes", "body_timeout_s", "drain_s", "pull", "pull_wait_s"),
             *("api_keys", "api_keys_file", "allow_without_keys", "metrics", "control", "cors_origins"),
         ),
         lambda _daemon, _new: None,  # read at each request, or by `reload_keys`
     ),
 }
+
+
+def _warn_of_prompts(settings: Settings) -> None:
+    """Say so while prompts and answers go to the log."""
+    if settings.log_prompts:
+        DAEMON_LOG.warning("prompts and answers are logged (log_prompts: true): who can read this log can read them")
 
 
 async def _wait_first(wait: Coroutine[object, object, object], task: asyncio.Task[None]) -> None:
@@ -15760,17 +19074,41 @@ def _render_address(address: str | tuple[str, int]) -> str:
     return f"unix:{address}" if isinstance(address, str) else f"http://{_render_host(address[0])}:{address[1]}"
 
 
-def _open_unix(path: Path, mode: int) -> socket.socket:
-    """Return a socket that listens at `path`, whose file has `mode` from its first moment.  Raises `OSError`."""
-    path.unlink(missing_ok=True)  # of one that was killed
-    opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o777 & ~mode)
-    try:
-        opened.bind(str(path))
-    finally:
-        os.umask(before)
+def _open_unix(path: Path, mode: int | None) -> socket.socket:
+    """Return a socket that listens at `path`, whose file has `mode` (None: as the umask says) from its first moment.
+
+    The file of one that was killed is replaced, one that somebody listens on is not.  Raises `OSError`.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, folder)
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two that start at once must not both find nobody there
+        if _is_dead_socket(path):
+            path.unlink()
+        opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        if mode is not None:
+            stack.callback(os.umask, os.umask(0o777 & ~mode))
+        try:
+            opened.bind(str(path))
+            opened.listen(BACKLOG)
+        except OSError:
+            opened.close()
+            raise
     opened.settimeout(0)
     return opened
+
+
+def _is_dead_socket(path: Path) -> bool:
+    """Return whether `path` is a socket on which nobody listens any more."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as caller:
+        caller.settimeout(0)
+        try:
+            caller.connect(str(path))
+        except ConnectionRefusedError:
+            return path.is_socket()  # any other file refuses too
+        except OSError:  # none is there, it may not be asked, or it has no time now
+            return False
+    return False
 
 
 def _make_folder(folder: Path) -> None:
@@ -15778,33 +19116,722 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        _DAEMON_LOG.warning("%s: %s; make it, or name another one", folder, error.strerror)
+        DAEMON_LOG.warning("%s: %s; make it, or name another one", folder, error.strerror)
 
 
-class JournalFormatter(logging.Formatter):
-    """One line a record, with the priority that journald reads (sd-daemon(3)) in front of each line."""
-
-    PRIORITIES: ClassVar[Mapping[int, int]] = {
-        logging.DEBUG: 7,
-        logging.INFO: 6,
-        logging.WARNING: 4,
-        logging.ERROR: 3,
-        logging.CRITICAL: 2,
-    }
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as lines for the journal."""
-        priority = self.PRIORITIES.get(record.levelno, 6)
-        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+# == 17a. VIEWS: what the daemon tells, as tables for a terminal =======================================================
+#
+# A view is a title, columns and rows of text; `plan_...` makes views of what the daemon has answered, `print_views`
+# prints them: on a terminal as rich's tables, folded to its width, else as plain columns, whole and without colours.
+# Always: names and paths are strangers' text, so no character of theirs steers the terminal, and no mark-up is read.
 
 
-def start_logging(level: str, environ: Mapping[str, str]) -> None:
-    """Log to stderr: plain on a terminal, with priorities where stderr is the journal."""
-    handler = logging.StreamHandler()
-    in_journal = bool(environ.get("JOURNAL_STREAM"))
-    form = "%(name)s: %(message)s" if in_journal else "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    handler.setFormatter((JournalFormatter if in_journal else logging.Formatter)(form))
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+class View(NamedTuple):
+    """A table; a cell may have several lines."""
+
+    title: str
+    columns: tuple[str, ...]  # empty: no head
+    rows: Sequence[tuple[str, ...]]
+
+
+def print_views(views: Iterable[View], file: TextIO) -> None:
+    """Print tables as `file` takes them."""
+    shown = [view for view in views if view.rows]
+    if file.isatty():
+        _print_rich(shown, file)
+    else:
+        print("\n\n".join(map(render_view, shown)), file=file)
+
+
+def render_view(view: View) -> str:
+    """Return a table as plain aligned text."""
+    rows = [[cell.split("\n") for cell in row] for row in (view.columns, *view.rows) if row]
+    widths = [max(len(line) for cell in column for line in cell) for column in zip(*rows, strict=True)]
+    lines = [view.title] if view.title else []
+    for row in rows:
+        for at in range(max(map(len, row))):
+            cells = (cell[at] if at < len(cell) else "" for cell in row)
+            lines.append("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
+    return "\n".join(lines)
+
+
+def _print_rich(views: Iterable[View], file: TextIO) -> None:
+    """Print tables on a terminal; what is too wide is folded, never cut."""
+    import rich.box  # noqa: PLC0415 - only a terminal needs rich, and it is large
+    import rich.console  # noqa: PLC0415
+    import rich.table  # noqa: PLC0415
+    import rich.text  # noqa: PLC0415
+
+    terminal = rich.console.Console(file=file, highlight=False)
+    for view in views:
+        drawn = rich.table.Table(
+            title=rich.text.Text(view.title, style="bold") if view.title else None,
+            title_justify="left",
+            box=rich.box.SIMPLE_HEAD if view.columns else None,
+            show_header=bool(view.columns),
+            pad_edge=False,
+        )
+        for place, column in enumerate(view.columns or ("",) * len(view.rows[0])):
+            style = "" if view.columns or place else "bold"
+            drawn.add_column(rich.text.Text(column), overflow="fold", style=style)
+        for row in view.rows:
+            drawn.add_row(*(rich.text.Text(cell, style=_STYLES.get(re.split(r"\W", cell)[0], "")) for cell in row))
+        terminal.print(drawn)
+
+
+@contextlib.contextmanager
+def show_pulls(file: TextIO) -> Iterator[Callable[[PullAnswer], None]]:
+    """Give what shows downloads: bars on a terminal, else a line whenever one is a tenth further."""
+    if file.isatty():
+        import rich.console  # noqa: PLC0415 - as above
+        import rich.progress as bars  # noqa: PLC0415
+
+        about = bars.TextColumn("{task.description}", markup=False)
+        drawn = bars.Progress(bars.BarColumn(), about, console=rich.console.Console(file=file, highlight=False))
+        tasks: dict[str, bars.TaskID] = {}
+
+        def draw(answer: PullAnswer) -> None:
+            for one in answer.downloads:
+                task = tasks[one.sha] = tasks.get(one.sha) or drawn.add_task("")
+                drawn.update(task, description=render_progress(one), completed=one.bytes, total=one.total)
+
+        with drawn:
+            yield draw
+        return
+    shown: dict[str, tuple[str, int]] = {}
+
+    def write(answer: PullAnswer) -> None:
+        for one in answer.downloads:
+            step = one.state, one.bytes * 10 // one.total if one.total else 0
+            if shown.get(one.sha) != step:
+                shown[one.sha] = step
+                print(render_progress(one), file=file, flush=True)  # noqa: T201
+
+    yield write
+
+
+_STYLES: Final[Mapping[str, str]] = {  # of cells that begin with this word
+    **dict.fromkeys(("loaded", "known", "ready", "ok"), "green"),
+    **dict.fromkeys(("hashing", "loading", "waiting", "draining", "unknown", "missing", "warning"), "yellow"),
+    **dict.fromkeys(("failed", "mismatch", "unservable", "error", "problem"), "red"),
+}
+
+
+def clean(text: str) -> str:
+    r"""Return a stranger's text for a terminal: what is no printable character as \xNN."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+
+
+def _lines(texts: Iterable[str]) -> str:
+    return "\n".join(map(clean, texts))
+
+
+def about_size(size_bytes: float) -> str:
+    """Return bytes with the unit that makes the number short."""
+    unit = "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size_bytes < 1024 or unit == "TiB":  # noqa: PLR2004 (from one unit to the next)
+            break
+        size_bytes /= 1024
+    return f"{size_bytes:.0f} {unit}" if unit == "B" or size_bytes >= 100 else f"{size_bytes:.1f} {unit}"  # noqa: PLR2004
+
+
+def about_time(seconds: float) -> str:
+    """Return seconds as the two units that count."""
+    whole = int(seconds)
+    for unit_s, unit, part_s, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= unit_s:
+            return f"{whole // unit_s} {unit} {whole % unit_s // part_s} {part}"
+    return f"{seconds:.0f} s"
+
+
+# -- localaid status --
+
+
+def plan_status_views(status: DaemonStatus) -> list[View]:
+    """Return the tables of `localaid status`."""
+    counts = [f"{count} {state}" for state, count in sorted(status.integrity.items())]
+    memory = status.memory
+    daemon = [
+        ("daemon", clean(f"localaid {status.version}: {status.state}")),
+        ("up for", about_time(status.uptime_s)),
+        ("listens on", _lines((*status.listen, *(f"unix:{path} (no key needed)" for path in status.control)))),
+        ("models", ", ".join(counts) or "none"),
+        ("rules", ", ".join(f"{count} {layer}" for layer, count in status.rules.items())),
+        ("memory", f"{about_size(memory.used_bytes)} of {about_size(memory.budget_bytes)}"),
+    ]
+    workers = ("PID", "MODEL", "STATE", "MEMORY", "RUNNING", "WAITING", "TOKENS/S", "IDLE FOR", "LAST ERROR")
+    downloads = ("NAME", "STATE", "DONE", "RATE", "TO GO", "FROM", "PROBLEM")
+    problems = [_split_problem(problem) for problem in status.problems]
+    problems += [*status.mismatches.items(), *status.unservable.items()]
+    return [
+        View("", (), daemon),
+        View("Workers", workers, list(map(_worker_row, memory.workers))),
+        View("Downloads", downloads, list(map(_download_row, status.downloads))),
+        _plan_struct_view("Updates", getattr(status, "updates", ())),
+        View("Problems", ("FILE", "PROBLEM"), [(clean(file), clean(why)) for file, why in problems]),
+    ]
+
+
+def _worker_row(worker: WorkerStatus) -> tuple[str, ...]:
+    return (
+        str(worker.pid or "-"),
+        clean(worker.file),
+        f"{worker.state} {worker.progress:.0%}" if worker.state == "loading" else worker.state,
+        about_size(worker.rss_bytes),
+        str(worker.running),
+        str(worker.waiting),
+        f"{worker.deltas / worker.step_s:.1f}" if worker.deltas and worker.step_s else "-",
+        "-" if worker.idle_s is None else about_time(worker.idle_s),
+        clean(worker.last_error or "-"),
+    )
+
+
+def _download_row(download: DownloadStatus) -> tuple[str, ...]:
+    share = f" ({download.bytes / download.total:.0%} of {about_size(download.total)})" if download.total else ""
+    return (
+        clean(download.name),
+        download.state,
+        about_size(download.bytes) + share,
+        f"{about_size(download.rate)}/s" if download.rate else "-",
+        "-" if download.eta_s is None else about_time(download.eta_s),
+        clean(download.url),
+        clean(download.problem or "-"),
+    )
+
+
+def _plan_struct_view(title: str, structs: Sequence[msgspec.Struct]) -> View:
+    """Return a table of structs of one kind, a field a column."""
+    if not structs:
+        return View(title, (), [])
+    columns = [name.removesuffix("_s").replace("_", " ").upper() for name in structs[0].__struct_fields__]
+    rows = [tuple(_cell_of(name, value) for name, value in msgspec.structs.asdict(one).items()) for one in structs]
+    return View(title, tuple(columns), rows)
+
+
+def _cell_of(name: str, value: object) -> str:
+    """Return a field's value for people: durations and times by the ending of its name."""
+    match value:
+        case None | "" | ():
+            return "-"
+        case int() | float() if name.endswith("_at"):
+            return time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
+        case int() | float() if name.endswith("_s"):
+            return about_time(value)
+        case list() | tuple():
+            return _lines(map(str, value))
+    return clean(str(value))
+
+
+def _split_problem(problem: str) -> tuple[str, str]:
+    """Return the file at the head of a problem, where one is named, and what is wrong."""
+    file, colon, why = problem.partition(": ")
+    return (file, why) if colon and file.startswith("/") else ("-", problem)
+
+
+# -- localaid list --
+
+
+def plan_list_views(catalog: Catalog, *, whole: bool) -> list[View]:
+    """Return the tables of `localaid list`: names; files of several paths or with problems (`whole`: all); missing."""
+    files = {path: file for file in catalog.files for path in file.paths}
+    names = [_name_row(name, files.get(name.file)) for name in catalog.names]
+    shown = [file for file in catalog.files if whole or file.paths[1:] or file.problem or file.integrity.problem]
+    missing = [
+        (
+            _lines(one.names),
+            clean(f"{one.rule} ({one.layer}: {PurePosixPath(one.config).name})"),
+            _lines(map(_short_sha, one.shas)),
+            _lines((*one.urls, one.fix)),
+        )
+        for one in catalog.missing
+    ]
+    nothing = View("", (), [("No model is served: put one into a models folder.",)])
+    return [
+        View("", ("NAME", "PATHS", "RULE", "FILE", "SHA", "SIZE", "TYPE", "STATE"), names) if names else nothing,
+        View("Files", ("FILE", "SHA", "SIZE", "TYPE", "STATE", "PATHS", "NOTE"), list(map(_file_row, shown))),
+        View("Missing", ("NAME", "RULE", "SHA", "WHERE TO GET IT"), missing),
+    ]
+
+
+def _name_row(name: CatalogName, file: CatalogFile | None) -> tuple[str, ...]:
+    source = PurePosixPath(name.config).name
+    state = name.state if file is None else _state_of(file)
+    return (
+        clean(name.name),
+        " ".join(path.removeprefix("/v1/").removesuffix("/completions") for path in name.paths),
+        clean(f"{name.rule} ({name.layer}: {source})"),
+        clean(file.relative if file else name.file),
+        _short_sha(name.sha256 or "-"),
+        about_size(file.size_bytes) if file else "-",
+        _type_of(file) if file else "-",
+        state,
+    )
+
+
+def _file_row(file: CatalogFile) -> tuple[str, ...]:
+    notes = [note for note in (file.problem, file.integrity.problem) if note is not None]
+    size, sha = about_size(file.size_bytes), _short_sha(file.sha256 or "-")
+    return clean(file.relative), sha, size, _type_of(file), _state_of(file), _lines(file.paths), _lines(notes)
+
+
+def _type_of(file: CatalogFile) -> str:
+    return clean(" ".join(filter(None, (file.architecture, file.quantisation)))) or "-"
+
+
+def _state_of(file: CatalogFile) -> str:
+    """Return both states of a file in a few words."""
+    known = file.integrity
+    if known.state == "mismatch" or file.state in ("hashing", "unservable"):
+        return "mismatch" if known.state == "mismatch" else file.state
+    return f"{file.state}, {known.state}" + (f" ({known.layer})" if known.layer else "")
+
+
+def _short_sha(sha: str) -> str:
+    """Return a SHA as short as people compare them; a path or glob as it is."""
+    kind, colon, digest = sha.rpartition(":")
+    is_sha = kind in ("", "sha1", "sha256") and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest)
+    return f"{kind}{colon}{digest[:12]}" if is_sha else clean(sha)
+
+
+# == 17b. DOCTOR: what is wrong here, and what to do ===================================================================
+#
+# Each `check_...` looks at one thing and returns findings: what it is, how it stands, what was seen, what to do.  They
+# change nothing.  What they read of the machine is given (folders, a status, texts of /proc), so each can be tried with
+# any.  `examine` runs all of them, for the folders of `localaid.service` and as its user where root asks.
+
+INOTIFY_USES: Final = 3  # instances: models, configs, API keys
+OPEN_FILES: Final = 1024  # fewer are too few: each connection takes one
+FREE_BYTES: Final = 1 << 30  # less is worth a word ...
+FULL_BYTES: Final = 64 << 20  # ... and so little is a problem
+LARGEST_FILES: Final = 8  # whose headers are read, to find the model that takes the most
+FOLDERS_COUNTED: Final = 1_000_000
+TCP_LISTEN: Final = "0A"  # in /proc/net/tcp
+REBUILD: Final = 'CMAKE_ARGS="{}" pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python {}'
+# Of /proc/cpuinfo -> as llama.cpp's build calls it; only what makes a model faster.
+CPU_FEATURES: Final[Mapping[str, str]] = {
+    "avx": "AVX",
+    "avx2": "AVX2",
+    "fma": "FMA",
+    "f16c": "F16C",
+    "avx_vnni": "AVX_VNNI",
+    "avx512f": "AVX512",
+    "avx512_vnni": "AVX512_VNNI",
+    "avx512_bf16": "AVX512_BF16",
+    "amx_int8": "AMX_INT8",
+    "asimd": "NEON",
+    "asimddp": "DOTPROD",
+    "i8mm": "MATMUL_INT8",
+    "sve": "SVE",
+}
+GPU_DEVICES: Final = (  # device files, whose, and with what llama.cpp uses it
+    ("nvidia[0-9]*", "an NVIDIA card", "-DGGML_CUDA=on"),
+    ("kfd", "an AMD card", "-DGGML_HIP=on"),
+)
+UNIT: Final = "localaid.service"
+_UNIT_FOLDERS: Final = {
+    "STATE_DIRECTORY": ("StateDirectory", "/var/lib"),
+    "CONFIGURATION_DIRECTORY": ("ConfigurationDirectory", "/etc"),
+    "CACHE_DIRECTORY": ("CacheDirectory", "/var/cache"),
+    "RUNTIME_DIRECTORY": ("RuntimeDirectory", "/run"),
+}
+_UNIT_FIELDS: Final = ("LoadState", "ActiveState", "Result", "User", "ProtectHome", *dict(_UNIT_FOLDERS.values()))
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One result of `localaid doctor`."""
+
+    check: str
+    state: Literal["ok", "warning", "problem"]
+    what: str
+    remedy: str = ""
+
+
+class DaemonAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What is looked at of GET /localaid/status, in whatever version answers."""
+
+    version: str
+    state: str = ""
+    problems: tuple[str, ...] = ()
+
+
+class BuildAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """What a build of llama.cpp says of itself."""
+
+    version: str
+    features: str  # as `llama_print_system_info` has them: AVX2 = 1 | FMA = 1 ...
+    gpu: bool  # whether layers can be sent to one
+
+
+# -- folders and files --
+
+
+def check_folders(folders: Folders, environ: Mapping[str, str], unit: Mapping[str, str]) -> list[Finding]:
+    """Look whether each folder can be read, or written, as it must be."""
+    found = []
+    named = [("models", folder) for folder in folders.models] + [("configs", folders.configs)]
+    for what, folder in (*named, ("state", folders.state)):
+        problem = check_folder(folder, environ, writes=what == "state")
+        home = next((one for one in _HIDDEN_HOMES if folder.is_relative_to(one)), None)
+        if problem is not None:
+            why = f"{folder}: user {problem.user} {problem.problem}"
+            found.append(Finding(check=what, state="problem", what=why, remedy=problem.fix))
+        elif home and unit.get("ProtectHome", "no") in ("yes", "tmpfs"):
+            remedy = f"systemctl edit {UNIT}: [Service], ProtectHome=read-only"
+            why = f"ProtectHome= of {UNIT} hides {folder} from it"
+            found.append(Finding(check=what, state="problem", what=why, remedy=remedy))
+        else:
+            can = "read and written" if what == "state" else "read"
+            found.append(Finding(check=what, state="ok", what=f"{folder} can be {can}"))
+    return found
+
+
+def check_disk(folder: Path, free_bytes: int) -> Finding:
+    """Look whether a folder has room."""
+    state: Literal["ok", "warning", "problem"] = "ok"
+    if free_bytes < FREE_BYTES:
+        state = "problem" if free_bytes < FULL_BYTES else "warning"
+    what = f"{about_size(free_bytes)} are free for {folder}"
+    remedy = "" if state == "ok" else f"make room: du -xh --max-depth=2 {folder} | sort -h | tail"
+    return Finding(check="disk", state=state, what=what, remedy=remedy)
+
+
+def check_settings(folders: Folders, settings: Settings | ConfigErrors, environ: Mapping[str, str]) -> list[Finding]:
+    """Look at the settings file, and at the API keys that it leads to."""
+    check, remedy = "settings", "correct it; contrib/localaid.yaml has every key: localaid check"
+    if isinstance(settings, ConfigErrors):
+        return [Finding(check=check, state="problem", what=str(one), remedy=remedy) for one in settings.problems]
+    there = folders.settings.exists()
+    what = f"{folders.settings} is right" if there else f"there is no {folders.settings}: the defaults hold"
+    found = [Finding(check=check, state="ok", what=what)]
+    try:
+        keys = load_keyring(settings, folders.settings.parent, environ).keys
+    except ConfigErrors as errors:
+        remedy = "correct it; with keys that cannot be read nobody is let in"
+        return found + [Finding(check="keys", state="problem", what=str(one), remedy=remedy) for one in errors.problems]
+    return [*found, Finding(check="keys", state="ok", what=f"{len(keys)} API keys" if keys else "none are needed")]
+
+
+def check_configs(folders: Folders) -> list[Finding]:
+    """Look at every config of every layer."""
+    there = [folder for folder in (folders.configs, folders.fetched, folders.shipped) if folder.is_dir()]
+    layers, missing = ConfigLayers(folders), list[ConfigProblem]()
+    layers.take(FolderChanges(dict.fromkeys(find_configs(there, missing), "written"), set()))
+    table, problems = layers.set.merge()
+    remedy = "correct it, then: localaid check"
+    found = [Finding(check="configs", state="problem", what=str(one), remedy=remedy) for one in problems]
+    found += [Finding(check="configs", state="warning", what=str(one), remedy=remedy) for one in find_warnings(table)]
+    what = f"{layers.files} files, {len(table.rules)} rules"
+    return found or [Finding(check="configs", state="ok", what=what)]
+
+
+def find_configs(paths: Iterable[Path], problems: list[ConfigProblem]) -> list[str]:
+    """Return the config files that `paths`, files and folders, mean; what is not there is a problem."""
+    files: list[str] = []
+    for path in paths:
+        if path.is_dir():
+            below = (file for suffix in CONFIG_SUFFIXES for file in path.rglob(f"*{suffix}"))
+            files += sorted(str(file) for file in below if not is_temporary(file.name))
+        elif path.exists():
+            files.append(str(path))
+        else:
+            problems.append(ConfigProblem(str(path), "", "no such file or folder"))
+    return files
+
+
+# -- limits --
+
+
+def check_inotify(folders: int, max_watches: int, max_instances: int, used_instances: int) -> list[Finding]:
+    """Look whether the kernel lets localaid watch `folders` of them; `used_instances`: this user's, by others."""
+    found = []
+    for name, limit, needed in (
+        ("max_user_watches", max_watches, folders),
+        ("max_user_instances", max_instances, used_instances + INOTIFY_USES),
+    ):
+        more = max(2 * needed, limit * 2)
+        remedy = f"echo fs.inotify.{name}={more} > /etc/sysctl.d/60-localaid.conf; sysctl --system"
+        what = f"fs.inotify.{name} is {limit}, and {needed} are needed"
+        state: Literal["ok", "warning", "problem"] = "problem" if needed > limit else "ok"
+        if state == "ok" and 4 * needed > 3 * limit:  # others of this user need some too
+            state = "warning"
+        found.append(Finding(check="inotify", state=state, what=what, remedy="" if state == "ok" else remedy))
+    return found
+
+
+def check_open_files(soft: int, hard: int) -> Finding:
+    """Look how many files and connections may be open."""
+    if 0 <= soft < OPEN_FILES:
+        remedy = f"ulimit -n {hard}" if hard < 0 or hard >= OPEN_FILES else "LimitNOFILE=65536 in the unit"
+        return Finding(check="open files", state="warning", what=f"only {soft} may be open at once", remedy=remedy)
+    return Finding(check="open files", state="ok", what=f"{soft if soft >= 0 else 'any number'} may be open at once")
+
+
+def check_memory(
+    settings: Settings,
+    available_bytes: int,
+    models: Sequence[tuple[str, ModelInfo]],
+    locked_bytes: int,
+    overcommit: str,
+) -> list[Finding]:
+    """Look whether the model that takes the most fits; `locked_bytes`: that may be locked, -1 for any number."""
+    budget = settings.memory.size_bytes
+    budget_bytes = int(available_bytes * (settings.memory.share or 0.0)) if budget is None else budget
+    what = f"{about_size(available_bytes)} are available, {about_size(budget_bytes)} of them are for models"
+    found = [Finding(check="memory", state="ok", what=what)]
+    if budget_bytes > available_bytes:
+        what = f"`memory` gives models {about_size(budget_bytes)}; only {about_size(available_bytes)} are available"
+        found = [Finding(check="memory", state="warning", what=what, remedy="lower `memory` in the settings")]
+    sizes = [(estimate_bytes(info, settings.load), file) for file, info in models]
+    needed_bytes, file = max(sizes, default=(0, ""))
+    if not models:
+        remedy = "put a .gguf file into a models folder"
+        found.append(Finding(check="models", state="warning", what="no model is there", remedy=remedy))
+    elif needed_bytes > budget_bytes:
+        what = f"{file} needs about {about_size(needed_bytes)}, and the budget is {about_size(budget_bytes)}"
+        remedy = "lower ctx_size or parallel, take a smaller quantisation, or raise `memory` in the settings"
+        found.append(Finding(check="models", state="warning", what=what, remedy=remedy))
+    else:
+        what = f"the largest one, {file}, needs about {about_size(needed_bytes)}"
+        found.append(Finding(check="models", state="ok", what=what))
+    if settings.load.mlock and 0 <= locked_bytes < needed_bytes:
+        what = f"`mlock` is on, and only {about_size(locked_bytes)} may be locked in memory"
+        remedy = f"LimitMEMLOCK=infinity in {UNIT}, as contrib/systemd has it, or ulimit -l unlimited"
+        found.append(Finding(check="mlock", state="problem", what=what, remedy=remedy))
+    if overcommit.strip() == "2":
+        what = "vm.overcommit_memory is 2: the kernel counts mapped models as used, and may refuse them"
+        found.append(Finding(check="memory", state="warning", what=what, remedy="sysctl -w vm.overcommit_memory=0"))
+    return found
+
+
+def check_clock(now: float, program_time: float) -> Finding:
+    """Look whether the clock is later than the program that reads it."""
+    if now < program_time - 86400:
+        what = f"the clock says {time.strftime('%Y-%m-%d', time.gmtime(now))}, which is before localaid was installed"
+        remedy = "timedatectl set-ntp true: certificates and signatures are refused by a clock that is wrong"
+        return Finding(check="clock", state="problem", what=what, remedy=remedy)
+    return Finding(check="clock", state="ok", what=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now)))
+
+
+# -- the build of llama.cpp --
+
+
+def load_build() -> BuildAnswer | str:
+    """Ask the build of llama.cpp in a process of its own, which alone imports it; else say why it cannot be asked."""
+    code = f"import sys, {Path(__file__).stem} as it; sys.stdout.buffer.write(it.describe_build())"
+    command = [sys.executable, "-P", "-c", code, "worker"]
+    environ = {**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parent.absolute())}
+    try:
+        done = subprocess.run(command, capture_output=True, env=environ, timeout=60, check=False)  # noqa: S603 - our own
+        return msgspec.json.decode(done.stdout, type=BuildAnswer)
+    except msgspec.MsgspecError:
+        return done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+
+
+def check_build(build: BuildAnswer | str, cpuinfo: str, devices: Path) -> list[Finding]:
+    """Look whether the build uses what this machine has; `devices` is /dev."""
+    package = "llama-cpp-python"
+    if isinstance(build, str):
+        remedy = f"pip install --force-reinstall {package}"
+        what = f"llama.cpp cannot be loaded: {build}"
+        return [Finding(check="llama.cpp", state="problem", what=what, remedy=remedy)]
+    flags = {flag for line in cpuinfo.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
+    has = {words.partition("=")[0].split()[-1] for words in build.features.split("|") if words.strip().endswith("= 1")}
+    missing = [name for flag, name in CPU_FEATURES.items() if flag in flags and name not in has]
+    what = f"{package} {build.version} uses what the processor has"
+    found = [Finding(check="llama.cpp", state="ok", what=what)]
+    if missing:
+        what = f"{package} {build.version} does not use {', '.join(missing)}, which the processor has"
+        remedy = REBUILD.format("-DGGML_NATIVE=on", package)
+        found = [Finding(check="llama.cpp", state="warning", what=what, remedy=remedy)]
+    for pattern, name, option in GPU_DEVICES:
+        if not any(devices.glob(pattern)):
+            continue
+        if build.gpu:
+            found.append(Finding(check="gpu", state="ok", what=f"there is {name}, and llama.cpp's build can use one"))
+        else:
+            what = f"there is {name}, and llama.cpp's build uses none"
+            found.append(Finding(check="gpu", state="warning", what=what, remedy=REBUILD.format(option, package)))
+    return found
+
+
+# -- the daemon --
+
+
+def check_daemon(answer: DaemonAnswer | LocalaidError, listen: str, holder: str) -> list[Finding]:
+    """Look at what the daemon has answered; `holder` is who holds its port, where that is known."""
+    if isinstance(answer, KeyNotTaken):
+        found = Finding(check="daemon", state="ok", what="it runs, and tells more to who shows it a key", remedy="")
+        return [msgspec.structs.replace(found, remedy="set LOCALAID_API_KEY, or ask as a member of its group")]
+    if isinstance(answer, LocalaidError):
+        if holder:
+            what = f"it does not run, and {listen} is held by {holder}"
+            remedy = "end that, or set another `listen` in the settings"
+            return [Finding(check="daemon", state="problem", what=what, remedy=remedy)]
+        what, remedy = f"it does not answer: {answer}", "systemctl start localaid, or at a shell: localaid serve"
+        return [Finding(check="daemon", state="warning", what=what, remedy=remedy)]
+    found = Finding(check="daemon", state="ok", what=f"{answer.version} runs: {answer.state}")
+    if answer.version != __version__:
+        what = f"{answer.version} runs, and {__version__} is installed"
+        remedy = "systemctl restart localaid"
+        found = Finding(check="daemon", state="warning", what=what, remedy=remedy)
+    remedy = "see above, or: localaid status"
+    return [found, *(Finding(check="daemon", state="problem", what=one, remedy=remedy) for one in answer.problems)]
+
+
+def find_holder(listen: str, proc: Path = Path("/proc")) -> str:
+    """Return which process listens on a TCP port of `listen`, as far as /proc shows it; empty: nobody."""
+    port = listen.rpartition(":")[2]
+    if listen.startswith("unix:") or not port.isdecimal():
+        return ""
+    inodes = set()
+    for table in ("net/tcp", "net/tcp6"):
+        with contextlib.suppress(OSError):  # no IPv6
+            for fields in map(str.split, (proc / table).read_text().splitlines()[1:]):
+                if fields[3] == TCP_LISTEN and int(fields[1].rpartition(":")[2], 16) == int(port):
+                    inodes.add(f"socket:[{fields[9]}]")
+    for pid, link in _open_files(proc):
+        if link in inodes:
+            return f"{(proc / str(pid) / 'comm').read_text().strip()} (process {pid})"
+    return "another user's process" if inodes else ""
+
+
+def _open_files(proc: Path) -> Iterator[tuple[int, str]]:
+    """Yield process id and target of every open file that this user may see."""
+    for folder in proc.glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # another user's, or gone
+            for file in (folder / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    yield int(folder.name), str(file.readlink())
+
+
+def load_unit() -> dict[str, str]:
+    """Return what systemd says of localaid.service; nothing where there is no such unit, or no systemd."""
+    command = ["systemctl", "show", UNIT, "--property", ",".join(_UNIT_FIELDS)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603 - systemd's
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    fields = dict(line.partition("=")[::2] for line in done.stdout.splitlines())
+    return fields if fields.get("LoadState") == "loaded" else {}
+
+
+def unit_environ(unit: Mapping[str, str]) -> dict[str, str]:
+    """Return the folders that systemd gives the unit, as it passes them."""
+    named = {name: (unit.get(field, "").split(), top) for name, (field, top) in _UNIT_FOLDERS.items()}
+    return {name: ":".join(f"{top}/{folder}" for folder in given) for name, (given, top) in named.items() if given}
+
+
+def check_unit(unit: Mapping[str, str], credentials: Iterable[Path]) -> list[Finding]:
+    """Look at the service, and at the files of its credentials, which only root should read."""
+    found = []
+    state, result = unit.get("ActiveState", ""), unit.get("Result", "")
+    if state == "failed":
+        remedy = f"journalctl -u {UNIT} -n 50, then: systemctl reset-failed {UNIT}; systemctl start {UNIT}"
+        found.append(Finding(check="service", state="problem", what=f"{UNIT} has failed ({result})", remedy=remedy))
+    elif unit:
+        is_up = state in ("active", "reloading", "activating")
+        remedy = "" if is_up else f"systemctl enable --now {UNIT}"
+        found.append(
+            Finding(check="service", state="ok" if is_up else "warning", what=f"{UNIT} is {state}", remedy=remedy)
+        )
+    for file in credentials:
+        with contextlib.suppress(OSError):  # it is not there, or not for us to see
+            mode = stat.S_IMODE(file.stat().st_mode)
+            if mode & (stat.S_IRWXG | stat.S_IRWXO):
+                what = f"{file} has mode {mode:04o}: others than root can read API keys"
+                found.append(Finding(check="service", state="problem", what=what, remedy=f"chmod 600 {file}"))
+    return found
+
+
+# -- all of it --
+
+
+@contextlib.contextmanager
+def acting_as(name: str) -> Iterator[None]:
+    """Let root do what follows as another user, in that one's groups; nothing where this is not root's process."""
+    if os.geteuid() != 0 or name in ("", "root"):
+        yield
+        return
+    user = pwd.getpwnam(name)
+    groups, uid, gid = os.getgroups(), os.getuid(), os.getgid()
+    os.setgroups(os.getgrouplist(user.pw_name, user.pw_gid))
+    os.setresgid(user.pw_gid, user.pw_gid, gid)
+    os.setresuid(user.pw_uid, user.pw_uid, uid)
+    try:
+        yield
+    finally:
+        os.setresuid(uid, uid, uid)
+        os.setresgid(gid, gid, gid)
+        os.setgroups(groups)
+
+
+def walk_models(folders: Iterable[Path]) -> tuple[int, list[tuple[str, ModelInfo]]]:
+    """Return how many folders there are to watch, and the headers of the largest models in them."""
+    seen: set[tuple[int, int]] = set()
+    sizes: list[tuple[int, Path]] = []
+    for top in folders:
+        for folder, below, files in os.walk(top, followlinks=True):
+            with contextlib.suppress(OSError):
+                here = Path(folder).stat()
+                if (here.st_dev, here.st_ino) in seen or len(seen) >= FOLDERS_COUNTED:
+                    below.clear()
+                    continue
+                seen.add((here.st_dev, here.st_ino))
+            for file in (Path(folder, name) for name in files):
+                with contextlib.suppress(OSError):  # a link that leads nowhere
+                    sizes.append((file.stat().st_size, file))
+    found = []
+    for size_bytes, file in heapq.nlargest(LARGEST_FILES, sizes):
+        no_model = contextlib.suppress(OSError, LocalaidError)
+        with no_model, file.open("rb") as opened:
+            found.append((file.name, read_header(opened.fileno(), size_bytes, str(file))))
+    return len(seen), found
+
+
+def examine(
+    folders: Folders,
+    settings: Settings | ConfigErrors,
+    answer: DaemonAnswer | LocalaidError,
+    unit: Mapping[str, str],
+    environ: Mapping[str, str],
+) -> list[Finding]:
+    """Return all findings, of folders as the unit's user has them."""
+    given = Settings() if isinstance(settings, ConfigErrors) else settings
+    limits = Path("/proc/sys/fs/inotify")
+    with acting_as(unit.get("User", "")):
+        found = check_folders(folders, environ, unit)
+        count, models = walk_models((*folders.models, folders.configs))
+    for folder in {*folders.models, folders.state}:
+        with contextlib.suppress(OSError):  # it is not there: told of above
+            found.append(check_disk(folder, shutil.disk_usage(folder).free))
+    found += check_settings(folders, settings, environ)
+    found += check_configs(folders)
+    inotify = sum(link == "anon_inode:inotify" for _, link in _open_files(Path("/proc")))
+    runs = not isinstance(answer, LocalaidError)
+    watches, instances = (int((limits / name).read_text()) for name in ("max_user_watches", "max_user_instances"))
+    found += check_inotify(count, watches, instances, max(0, inotify - runs * INOTIFY_USES) if os.geteuid() else 0)
+    found.append(check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)))
+    overcommit = Path("/proc/sys/vm/overcommit_memory").read_text()
+    locked_bytes = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    found += check_memory(given, load_memory_bytes(), models, -1 if unit else locked_bytes, overcommit)
+    found += check_build(load_build(), Path("/proc/cpuinfo").read_text(), Path("/dev"))
+    found.append(check_clock(time.time(), Path(__file__).stat().st_mtime))
+    stores = (Path(store, CREDENTIAL) for store in ("/etc/credstore", "/run/credstore"))
+    return [*found, *check_unit(unit, stores), *check_daemon(answer, given.listen, find_holder(given.listen))]
+
+
+def plan_finding_view(findings: Iterable[Finding]) -> View:
+    """Return findings as a table: what is wrong comes with what to do below it."""
+    rows: list[tuple[str, ...]] = [
+        (one.state, printable(one.check), printable(one.what) + (f"\n-> {printable(one.remedy)}" if one.remedy else ""))
+        for one in findings
+    ]
+    return View("", ("STATE", "CHECK", "WHAT"), rows)
 
 
 # == 18. CLI: serve, check, explain, hash, status, demo, worker ========================================================
@@ -15812,6 +19839,8 @@ def start_logging(level: str, environ: Mapping[str, str]) -> None:
 # Each command is one `run_…` function: arguments in, exit status out.  0: done; 1: what was asked for does not hold or
 # failed, with the reason on stderr; 2: the command line is wrong.  Output that others may read goes to stdout.
 
+ANSWER_S: Final = 300.0  # that the daemon has for an answer
+PULL_ABOUT: Final = "download weights that a config gives a URL for; Ctrl-C leaves a running daemon's download going"
 DEMO_QUESTION: Final = "What is the capital of France? Answer in one sentence."
 DEMO_FILE: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_CONFIG: Final = """\
@@ -15824,18 +19853,28 @@ model_names: [demo, "gpt-*"]
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """`localaid serve`: the daemon, until SIGTERM."""
-    settings_file = choose_settings_file(arguments, os.environ)
-    settings = load_settings(settings_file, must_exist=bool(arguments.settings))
-    start_logging(settings.log_level, os.environ)
-    folders = choose_folders(arguments, settings, os.environ)
+    start_logging("info", arguments.log_format or "auto", os.environ)  # until the settings say how
+    try:
+        settings_file = choose_settings_file(arguments, os.environ)
+        settings = load_settings(settings_file, must_exist=bool(arguments.settings))
+        start_logging(settings.log_level, arguments.log_format or settings.log_format, os.environ)
+        folders = choose_folders(arguments, settings, os.environ)
 
-    passed = take_passed(os.environ, os.getpid())
-    faulthandler.enable()  # systemd's watchdog sends SIGABRT: the log then shows where it hangs
+        passed = take_passed(os.environ, os.getpid())
+        faulthandler.enable()  # systemd's watchdog sends SIGABRT: the log then shows where it hangs
 
-    async def serve() -> None:
-        await Daemon(folders, settings, arguments.listen or settings.listen, passed).run()
+        async def serve() -> None:
+            listen = arguments.listen or settings.listen
+            await Daemon(folders, settings, listen, passed, log_format=arguments.log_format).run()
 
-    asyncio.run(serve())
+        asyncio.run(serve())
+    except ConfigErrors as errors:
+        for problem in errors.problems:
+            DAEMON_LOG.critical("%s", problem)
+        return 1
+    except LocalaidError as error:
+        DAEMON_LOG.critical("%s", error)
+        return 1
     return 0
 
 
@@ -15861,7 +19900,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     configs = [file for file in named if file.name != "localaid.yaml"]
     if not configs and (arguments.configs or not named):
         configs = [folders.configs]
-    files = set(_find_configs(configs, problems))
+    files = set(find_configs(configs, problems))
     layers = ConfigLayers(folders)
     layers.take(FolderChanges(dict.fromkeys(files | _find_around(files, folders), "written"), set()))
     table, found = layers.set.merge()
@@ -15880,22 +19919,8 @@ def _find_around(files: AbstractSet[str], folders: Folders) -> set[str]:
     """Return the configs that `files` may extend or compete with: those beside them and in lower layers."""
     beside = {near for file in files for suffix in CONFIG_SUFFIXES for near in Path(file).parent.glob(f"*{suffix}")}
     lower = (folder for folder in (folders.fetched, folders.shipped) if folder.is_dir())
-    found = {os.path.realpath(file): file for file in (*map(str, beside), *_find_configs(lower, []))}
+    found = {os.path.realpath(file): file for file in (*map(str, beside), *find_configs(lower, []))}
     return {found[one] for one in found.keys() - set(map(os.path.realpath, files))}
-
-
-def _find_configs(paths: Iterable[Path], problems: list[ConfigProblem]) -> list[str]:
-    """Return the config files that `paths`, files and folders, mean; what is not there is a problem."""
-    files: list[str] = []
-    for path in paths:
-        if path.is_dir():
-            below = (file for suffix in CONFIG_SUFFIXES for file in path.rglob(f"*{suffix}"))
-            files += sorted(str(file) for file in below if not is_temporary(file.name))
-        elif path.exists():
-            files.append(str(path))
-        else:
-            problems.append(ConfigProblem(str(path), "", "no such file or folder"))
-    return files
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
@@ -15905,10 +19930,11 @@ def run_explain(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         return _fail(str(error))
     if arguments.models or arguments.configs:
-        explanation = asyncio.run(_explain_offline(arguments, path))
+        table, inventory = asyncio.run(_read_folders(arguments))
+        explanation = explain(resolve(table, inventory, path, arguments.name))
     else:
         query = urllib.parse.urlencode({"path": path, "name": arguments.name})
-        raw = asyncio.run(ask_daemon(_listen_of(arguments), f"/localaid/explain?{query}", arguments.api_key))
+        raw = asyncio.run(ask_daemon(arguments, f"/localaid/explain?{query}"))
         explanation = msgspec.json.decode(raw, type=Explanation)
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(explanation)).decode())  # noqa: T201
@@ -15917,69 +19943,255 @@ def run_explain(arguments: argparse.Namespace) -> int:
     return 0 if explanation.file else 1
 
 
-async def _explain_offline(arguments: argparse.Namespace, path: str) -> Explanation:
-    """Resolve without a daemon: read the folders, hash what the cache does not know."""
+def run_list(arguments: argparse.Namespace) -> int:
+    """`localaid list`: names -> rule -> file, and what is missing."""
+    if arguments.models or arguments.configs:
+        table, inventory = asyncio.run(_read_folders(arguments))
+        layers: frozenset[Layer] = frozenset(LAYERS if arguments.all else ("user",))
+        catalog = plan_catalog(table, inventory, plan_listing(table, inventory), {}, layers)
+        raw = msgspec.json.encode(catalog)
+    else:
+        raw = asyncio.run(ask_daemon(arguments, f"/localaid/list?all={int(arguments.all)}"))
+        catalog = msgspec.json.decode(raw, type=Catalog)
+    if arguments.json:
+        print(msgspec.json.format(raw).decode())  # noqa: T201
+    else:
+        print_views(plan_list_views(catalog, whole=arguments.all), sys.stdout)
+    return 0
+
+
+async def _read_folders(arguments: argparse.Namespace) -> tuple[Table, Inventory]:
+    """Return what a daemon would have in force: read the folders, hash what the cache does not know."""
     settings = load_settings(choose_settings_file(arguments, os.environ), must_exist=bool(arguments.settings))
     folders = choose_folders(arguments, settings, os.environ)
-    layers = ConfigLayers(folders)
     index = ModelIndex(folders.models, state=folders.state, hash_threads=settings.hash_threads)
     await index.start()
     try:
-        there = (folder for folder in (folders.configs, folders.fetched, folders.shipped) if folder.is_dir())
-        layers.take(FolderChanges(dict.fromkeys(_find_configs(there, []), "written"), set()))
-        table, _ = layers.set.merge()
-        index.want_sha1(wants_sha1(table))
-        inventory = await index.wait_until(lambda _: not index.hashing)
-        table, _ = layers.set.merge(auto_rules(inventory.files))
-        return explain(resolve(table, inventory, path, arguments.name))
+        return await _read_table(folders, index)
     finally:
         await index.stop()
 
 
-def _listen_of(arguments: argparse.Namespace) -> str:
-    """Return where the daemon should listen: command line, settings, default."""
+async def _read_table(folders: Folders, index: ModelIndex) -> tuple[Table, Inventory]:
+    """Return what some folders make, once `index`, which has been started, has hashed what it did not know."""
+    layers = ConfigLayers(folders)
+    there = (folder for folder in (folders.configs, folders.fetched, folders.shipped) if folder.is_dir())
+    layers.take(FolderChanges(dict.fromkeys(find_configs(there, []), "written"), set()))
+    table, _ = layers.set.merge()
+    index.want_sha1(wants_sha1(table))
+    inventory = await index.wait_until(lambda _: not index.hashing)
+    table, _ = layers.set.merge(auto_rules(inventory.files))
+    return table, inventory
+
+
+def run_pull(arguments: argparse.Namespace) -> int:
+    """`localaid pull NAME`: download weights, by the running daemon, or without one."""
+    try:
+        path = parse_api_path(arguments.path) if arguments.path else None
+    except ValueError as error:
+        return _fail(str(error))
+    with show_pulls(sys.stderr) as show:
+        answer = asyncio.run(_pull(arguments, path, show))
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(answer)).decode())  # noqa: T201
+    elif answer.present:
+        print(f"{answer.present} is there")  # noqa: T201
+    failed = False
+    for one in answer.downloads:
+        if one.state == "done" and not arguments.json:
+            print(one.file)  # noqa: T201
+        elif one.state != ("cancelled" if arguments.cancel else "done"):
+            goes_on = "the daemon was stopped and goes on with it when it is started"
+            failed = bool(_fail(f"{one.file} ({one.sha}): {one.problem or goes_on}"))
+    return int(failed)
+
+
+async def _pull(arguments: argparse.Namespace, path: str | None, show: Callable[[PullAnswer], None]) -> PullAnswer:
+    """Have a daemon download, or do it here where none runs; `show` each step; return the last."""
+    if arguments.models or arguments.configs:
+        return await _pull_here(arguments, path, show)
+    query = urllib.parse.urlencode({"name": arguments.name, "follow": "true", **({"path": path} if path else {})})
+    last: PullAnswer | None = None
+
+    def take(line: bytes) -> None:
+        nonlocal last
+        if line.startswith(b"data: "):
+            last = msgspec.json.decode(line.removeprefix(b"data: "), type=PullAnswer)
+            show(last)
+
+    try:
+        if arguments.cancel:
+            raw = await ask_daemon(arguments, f"/localaid/pull?{query}", "DELETE")
+            return msgspec.json.decode(raw, type=PullAnswer)
+        await ask_daemon(arguments, f"/localaid/pull?{query}", "POST", take=take)
+    except DaemonUnreachable as error:
+        if last is None and not error.join and not arguments.cancel:
+            return await _pull_here(arguments, path, show)
+        if last is None:
+            raise
+    except asyncio.CancelledError:
+        goes_on = f"the daemon goes on with it; `localaid pull --cancel {shlex.quote(arguments.name)}` ends it"
+        print(f"localaid: {goes_on}", file=sys.stderr)  # noqa: T201
+        raise
+    return last or PullAnswer()
+
+
+async def _pull_here(arguments: argparse.Namespace, path: str | None, show: Callable[[PullAnswer], None]) -> PullAnswer:
+    """Download without a daemon.  Raises `LocalaidError`."""
     settings = load_settings(choose_settings_file(arguments, os.environ), must_exist=bool(arguments.settings))
-    return str(arguments.listen or settings.listen)
+    if settings.pull == "off":
+        raise PullOff
+    folders = choose_folders(arguments, settings, os.environ)
+    index = ModelIndex(folders.models, state=folders.state, hash_threads=settings.hash_threads)
+    puller = Puller(folders.models, index=index, state=folders.state, allow_http=settings.allow_http)
+    await index.start()
+    await puller.start(goes_on=False)
+    try:
+        plan = plan_pull(*await _read_table(folders, index), arguments.name, path)
+        pulled = [puller.pull(arguments.name, one) for one in plan.weights]
+        present = plan.present.path if plan.present is not None else None
+        while True:
+            answer = PullAnswer(present=present, downloads=tuple(one.status() for one in pulled))
+            show(answer)
+            if not any(one.is_active for one in pulled):
+                return answer
+            await puller.wait_for_news(PULL_EVENT_S)
+    finally:
+        for one in puller.downloads.values():
+            await puller.cancel(one.sha)  # what still runs was interrupted
+        await puller.stop()
+        await index.stop()
 
 
-async def ask_daemon(listen: str, path: str, api_key: str | None = None) -> bytes:
-    """Return the body of a GET to a running daemon.  Raises `DaemonUnreachable`, `KeyNotTaken`."""
+def find_daemons(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tuple[list[str], str]:
+    """Return the control sockets where a daemon may answer without a key, and its address for clients.
+
+    With --listen it is that and nothing else; with --settings the service's own socket is not tried.
+    """
+    if arguments.listen:
+        return [], arguments.listen
+    settings = load_settings(choose_settings_file(arguments, environ), must_exist=bool(arguments.settings))
+    own = choose_control_socket(settings, environ)
+    sockets = [own] * (own is not None) + [SERVICE_SOCKET] * (not arguments.settings)
+    return [f"unix:{socket}" for socket in dict.fromkeys(sockets)], settings.listen
+
+
+async def ask_daemon(
+    arguments: argparse.Namespace,
+    path: str,
+    method: Literal["GET", "POST", "DELETE"] = "GET",
+    body: bytes | None = None,
+    take: Callable[[bytes], None] | None = None,
+) -> bytes:
+    """Return the body of the running daemon's answer: of the first that answers, control sockets first.
+
+    `take` gets each line of an answer as it comes, however long that takes.
+    Raises `DaemonUnreachable` where none does, `KeyNotTaken`, and `DaemonRefused` for any other status than 2xx.
+    """
+    tried, join = [], ""
+    sockets, listen = find_daemons(arguments, os.environ)
+    for address in (*sockets, listen):
+        try:
+            key = arguments.api_key if address == listen else None
+            return await _ask(address, path, method, body, key, take=take)
+        except KeyNotTaken as error:
+            error.join = join
+            raise
+        except OSError as error:  # aiohttp's of a connection are such too
+            tried.append(f"{address} ({error.strerror or error})")
+            if isinstance(error, PermissionError):
+                join = join or _how_to_join(Path(address.removeprefix("unix:")))
+    raise DaemonUnreachable(tried=tried, join=join)
+
+
+async def _ask(
+    address: str,
+    path: str,
+    method: str,
+    body: bytes | None,
+    api_key: str | None,
+    *,
+    take: Callable[[bytes], None] | None,
+) -> bytes:
+    """Ask one daemon.  Raises `KeyNotTaken`, `DaemonRefused`, `OSError`."""
     import aiohttp  # noqa: PLC0415 - the client half; only these commands need it
 
-    connector, base = None, f"http://{listen}"
-    if listen.startswith("unix:"):
-        connector, base = aiohttp.UnixConnector(listen.removeprefix("unix:")), "http://localhost"
+    connector, base = None, f"http://{address}"
+    if address.startswith("unix:"):
+        connector, base = aiohttp.UnixConnector(address.removeprefix("unix:")), "http://localhost"
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    if body is not None:
+        headers["Content-Type"] = "application/json"
     try:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        session = aiohttp.ClientSession(connector=connector, headers=headers)
-        async with session, session.get(base + path) as answer:
-            body = await answer.read()
-            if answer.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-                raise KeyNotTaken(listen=listen)
-            if answer.status != HTTPStatus.OK:
-                raise DaemonUnreachable(listen=listen, problem=body.decode("utf-8", "replace")[:500])
-            return body
-    except (aiohttp.ClientError, OSError) as error:
-        raise DaemonUnreachable(listen=listen, problem=str(error)) from error
+        timeout = aiohttp.ClientTimeout(total=None if take else ANSWER_S)
+        session = aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout)
+        async with session, session.request(method, base + path, data=body) as answer:
+            while take and answer.ok and (line := await answer.content.readline()):
+                take(line)
+            answered = await answer.read()
+    except aiohttp.ClientConnectorError as error:
+        raise error.os_error from error
+    except aiohttp.ClientError as error:
+        raise OSError(errno.EPROTO, str(error) or "no answer") from error
+    if answer.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        raise KeyNotTaken(listen=address)
+    if not answer.ok:
+        raise DaemonRefused(listen=address, problem=_problem_in(answered))
+    return answered
+
+
+def _problem_in(answer: bytes) -> str:
+    """Return the sentence in an answer that is an error, whatever it is."""
+    try:
+        return msgspec.json.decode(answer, type=ErrorEnvelope).error.message
+    except ValueError:  # msgspec's errors are such; it may be no localaid at all
+        return answer.decode("utf-8", "replace")[:500]
+
+
+def _how_to_join(path: Path) -> str:
+    """Return the command that lets this user ask at a socket that its mode keeps it from."""
+    try:
+        group = path.group()
+    except (OSError, KeyError):  # hidden too, or a group without a name
+        group = "localaid"
+    return f"usermod -aG {group} {pwd.getpwuid(os.geteuid()).pw_name}"
 
 
 def run_status(arguments: argparse.Namespace) -> int:
     """`localaid status`: the daemon at a glance."""
-    raw = asyncio.run(ask_daemon(_listen_of(arguments), "/localaid/status", arguments.api_key))
+    raw = asyncio.run(ask_daemon(arguments, "/localaid/status"))
     if arguments.json:
         print(msgspec.json.format(raw).decode())  # noqa: T201
         return 0
-    status = msgspec.json.decode(raw, type=DaemonStatus)
-    print(f"localaid {status.version} on {', '.join(status.listen)}: {status.state}")  # noqa: T201
-    print("rules: " + ", ".join(f"{count} {layer}" for layer, count in status.rules.items()))  # noqa: T201
-    for worker in status.memory.workers:
-        print(  # noqa: T201
-            f"worker {worker.pid or '-'}: {worker.file} {worker.state}, {worker.rss_bytes >> 20} MiB, "
-            f"{worker.running} running, {worker.waiting} waiting"
-        )
-    for problem in (*status.problems, *(f"{file}: {why}" for file, why in status.unservable.items())):
-        print(problem)  # noqa: T201
+    print_views(plan_status_views(msgspec.json.decode(raw, type=DaemonStatus)), sys.stdout)
     return 0
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """`localaid doctor`: what is wrong here, and what to do; for root, of the service where there is one."""
+    unit = load_unit()
+    is_named = arguments.models or arguments.configs or arguments.state or arguments.settings or arguments.listen
+    if os.geteuid() != 0 or is_named:
+        unit = {}
+    environ = {**os.environ, **unit_environ(unit)}
+    settings: Settings | ConfigErrors
+    answer: DaemonAnswer | LocalaidError
+    try:
+        settings = load_settings(choose_settings_file(arguments, environ), must_exist=bool(arguments.settings))
+    except ConfigErrors as errors:
+        settings = errors
+    folders = choose_folders(arguments, Settings() if isinstance(settings, ConfigErrors) else settings, environ)
+    try:
+        raw = asyncio.run(ask_daemon(arguments, "/localaid/status"))
+        answer = msgspec.json.decode(raw, type=DaemonAnswer)
+    except LocalaidError as error:
+        answer = error
+    findings = examine(folders, settings, answer, unit, environ)
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(findings)).decode())  # noqa: T201
+    else:
+        print_views([plan_finding_view(findings)], sys.stdout)
+    return int(any(finding.state == "problem" for finding in findings))
 
 
 def run_hash(arguments: argparse.Namespace) -> int:
@@ -16036,6 +20248,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     if not config.exists():
         config.write_text(DEMO_CONFIG)
     command = [sys.executable, str(Path(__file__).resolve()), "serve", "--listen", arguments.listen or "127.0.0.1:0"]
+    command += ["--log-format", "plain"]
     for name in ("models", "configs", "state"):
         command += [f"--{name}", str(folder / name)]
     daemon = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own program
@@ -16064,8 +20277,9 @@ def _show_demo(daemon: subprocess.Popen[str], folder: Path, *, once: bool) -> in
     base = ""
     for line in stderr:
         sys.stderr.write(line)
-        if line.startswith("localaid: ready on "):
-            base = line.removeprefix("localaid: ready on ").strip().split(", ")[0]
+        _, is_ready, where = line.partition("localaid: ready on ")
+        if is_ready:
+            base = where.strip().split(", ")[0]
             break
     if not base:
         return _fail("the daemon did not start; its last words are above")
@@ -16083,7 +20297,7 @@ def _show_demo(daemon: subprocess.Popen[str], folder: Path, *, once: bool) -> in
 
 
 async def _stream_answer(base: str, body: Mapping[str, object]) -> None:
-    """Ask for a streamed answer and print it as it comes.  Raises `DaemonUnreachable`."""
+    """Ask for a streamed answer and print it as it comes.  Raises `DaemonRefused`."""
     import aiohttp  # noqa: PLC0415 - the client half; only these commands need it
 
     connector, url = None, base + CHAT
@@ -16091,7 +20305,7 @@ async def _stream_answer(base: str, body: Mapping[str, object]) -> None:
         connector, url = aiohttp.UnixConnector(base.removeprefix("unix:")), "http://localhost" + CHAT
     async with aiohttp.ClientSession(connector=connector) as session, session.post(url, json=body) as answer:
         if answer.status != HTTPStatus.OK:
-            raise DaemonUnreachable(listen=base, problem=(await answer.text())[:500])
+            raise DaemonRefused(listen=base, problem=_problem_in(await answer.read()))
         async for line in answer.content:
             if line.startswith(b"data: {"):
                 chunk = msgspec.json.decode(line[6:], type=ChatChunk)
@@ -16119,6 +20333,10 @@ def make_parser() -> argparse.ArgumentParser:
         about = "API key for a daemon that wants one; better as $LOCALAID_API_KEY: others can see command lines"
         one.add_argument("--api-key", metavar="KEY", default=os.environ.get("LOCALAID_API_KEY"), help=about)
 
+    def asks(one: argparse.ArgumentParser) -> None:
+        folders(one)
+        api_key(one)
+
     def folders(one: argparse.ArgumentParser) -> None:
         one.add_argument("--models", action="append", metavar="DIR", default=[], help="a folder of models; repeatable")
         one.add_argument("--configs", metavar="DIR", help="folder of your YAML configs")
@@ -16126,23 +20344,31 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("--settings", metavar="FILE", help="settings file, localaid.yaml")
         one.add_argument("--listen", metavar="ADDRESS", type=_listen_argument, help="HOST:PORT or unix:PATH")
 
-    folders(command("serve", run_serve, "serve the models of some folders to OpenAI clients"))
+    serve = command("serve", run_serve, "serve the models of some folders to OpenAI clients")
+    folders(serve)
+    serve.add_argument("--log-format", choices=get_args(LogFormat), help="what log lines look like")
     check = command("check", run_check, "validate configs and settings without a daemon")
     folders(check)
     check.add_argument("files", nargs="*", metavar="FILE", help="config files, folders of them, or localaid.yaml")
     explaining = command("explain", run_explain, "show where a path and a model name lead, and why")
-    folders(explaining)
-    api_key(explaining)
-    explaining.add_argument("--json", action="store_true", help="print JSON")
-    explaining.add_argument("path", metavar="PATH", help="API path, e.g. v1/chat")
-    explaining.add_argument("name", metavar="NAME", help="model name, as a client sends it")
+    asks(explaining)
+    _add_explain_arguments(explaining)
     status = command("status", run_status, "show models, workers and problems of the running daemon")
-    folders(status)
-    api_key(status)
+    asks(status)
     status.add_argument("--json", action="store_true", help="print JSON")
+    listing = command("list", run_list, "show every name, its rule and its file")
+    asks(listing)
+    listing.add_argument("--all", action="store_true", help="all files, and what is missing of the default configs")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+    pulling = command("pull", run_pull, PULL_ABOUT)
+    asks(pulling)
+    _add_pull_arguments(pulling)
     hashing = command("hash", run_hash, "print the SHA-256 of files as configs name them")
     folders(hashing)
     hashing.add_argument("files", nargs="+", metavar="FILE")
+    doctor = command("doctor", run_doctor, "look at folders, permissions, limits and memory, and say what to do")
+    asks(doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     demo = command("demo", run_demo, "start a daemon with a small model and ask it a question")
     demo.add_argument("--listen", metavar="ADDRESS", type=_listen_argument, help="HOST:PORT or unix:PATH")
     demo.add_argument("--folder", metavar="DIR", help="where the demo's folders lie")
@@ -16150,6 +20376,19 @@ def make_parser() -> argparse.ArgumentParser:
     worker = command("worker", run_worker_command, "serve one model to the daemon (started by it)")
     worker.add_argument("--fd", type=int, required=True, help="the socket to the daemon")
     return parser
+
+
+def _add_explain_arguments(explaining: argparse.ArgumentParser) -> None:
+    explaining.add_argument("--json", action="store_true", help="print JSON")
+    explaining.add_argument("path", metavar="PATH", help="API path, e.g. v1/chat")
+    explaining.add_argument("name", metavar="NAME", help="model name, as a client sends it")
+
+
+def _add_pull_arguments(pulling: argparse.ArgumentParser) -> None:
+    pulling.add_argument("--json", action="store_true", help="print JSON when it has ended")
+    pulling.add_argument("--path", metavar="PATH", help="API path that the model is wanted for, e.g. v1/embeddings")
+    pulling.add_argument("--cancel", action="store_true", help="end the download; what has come is kept for the next")
+    pulling.add_argument("name", metavar="NAME", help="model name, as a client sends it, a rule's name or a SHA")
 
 
 def _listen_argument(text: str) -> str:

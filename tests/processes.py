@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-READY = re.compile(r"localaid: ready on (http://\S+|unix:\S+)")
+READY = re.compile(r"ready on (http://[^\s\",]+|unix:[^\s\",]+)")
 START_S = 60.0  # far more than a start takes, also on a busy machine
 STOP_S = 60.0
 

@@ -443,7 +443,7 @@ async def test_metrics_and_log_have_names_and_no_key(served: Daemon) -> None:
     assert "localaid_requests_waiting{" in told
     assert "invented-by-a-client" not in told
     line = served.process.wait_for_line(f"{headers['X-Request-Id']} cmpl-").string
-    assert "alice /v1/completions 'gpt-invented-by-a-client' -> 'gpt' -> " in line
+    assert "alice POST /v1/completions 'gpt-invented-by-a-client' -> 'gpt' -> " in line
     assert "2 completion tokens" in line
     for text in (told, served.log, json.dumps((await call(served, "GET", "/localaid/status", "sk-SECRET-a"))[2])):
         assert "SECRET" not in text

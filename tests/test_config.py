@@ -27,6 +27,7 @@ from localaid import (
     Rule,
     Sampling,
     Settings,
+    diff_settings,
     extend_rules,
     merge_load,
     parse_aliases,
@@ -39,6 +40,9 @@ from localaid import (
     parse_settings,
     parse_sha,
     parse_size,
+    plan_sources,
+    render_setting_duration,
+    render_setting_size,
     template_names,
 )
 
@@ -494,6 +498,39 @@ log_level: debug
     )
 
 
+@given(st.floats(0, 1e7), st.integers(0, 2**53))
+def test_durations_and_sizes_are_told_as_they_are_read(seconds: float, size_bytes: int) -> None:
+    """What a reload shows can be put into the file."""
+    whole_ms = round(seconds * 1000) / 1000
+    assert parse_keep_alive(render_setting_duration(whole_ms)) == pytest.approx(whole_ms, abs=1e-9)
+    assert parse_size(render_setting_size(size_bytes)) == size_bytes
+    assert render_setting_duration(-1.0) == "-1"
+    assert (render_setting_duration(5400), render_setting_size(64 * 2**20)) == ("1h30m", "64MiB")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("", "queue_size: 8", ["queue_size: 64 -> 8"]),
+        ("memory: 50%", "memory: 4GiB", ["memory: 50% -> 4GiB"]),
+        ("keep_alive: -1", "drain: 90", ["keep_alive: -1 -> 10m", "drain: 1m -> 1m30s"]),
+        ("load: {threads: 2}", "load: {mmap: false}", ["load: {threads: 2} -> {mmap: false}"]),
+        ("", "models: [/a, /b]\nstate: /s", ["models: [] -> [/a, /b]", "state: (none) -> /s"]),
+        ("", "log_prompts: true\nbody_limit: 1MiB", ["log_prompts: false -> true", "body_limit: 64MiB -> 1MiB"]),
+        ("api_keys: ['a:SECRET1']", "api_keys: ['a:SECRET1', 'b:SECRET2']", ["api_keys: [a] -> [a, b]"]),
+        ("api_keys: ['a:SECRET1']", "api_keys: ['a:SECRET3']", ["api_keys: [a] -> [a] (other keys, or they may use"]),
+        ("queue_size: 8", "queue_size: 8", []),
+    ],
+)
+def test_what_has_changed_between_two_settings(before: str, after: str, told: list[str]) -> None:
+    """By the file's own names and spellings; API keys by name only."""
+    found = diff_settings(parse_settings(before.encode(), file="x"), parse_settings(after.encode(), file="x"))
+    assert len(found) == len(told)
+    for change, wanted in zip(map(str, found), told, strict=True):
+        assert change.startswith(wanted)
+        assert "SECRET" not in change
+
+
 def test_settings_by_default() -> None:
     """An empty settings file is a settings file."""
     assert parse_settings(b"", file="localaid.yaml") == parse_settings(b"load:\n", file="x") == Settings()
@@ -533,12 +570,37 @@ def test_contrib_settings_are_the_defaults() -> None:
     assert set(yaml.safe_load(document)) == set(localaid._SETTINGS_KEYS)
 
 
+def test_files_with_urls() -> None:
+    """An entry is one rule of all its files, and one for each file that has names of its own; URLs stay with a SHA."""
+    rules = {rule.name: rule for rule in extend_rules(parse_file("files_with_urls.yaml"))[0]}
+    a, b, c, e, f = (f"sha256:{digit * 64}" for digit in "abcef")
+    assert rules["example"].shas == (a, b, c, f"sha1:{'c' * 40}")
+    assert rules["example"].names == ("example", "example-it")
+    assert (rules["example-q4"].shas, rules["example-q4"].names) == ((a,), ("example-q4",))
+    assert (rules["example-q8"].shas[0], rules["example-q8"].names) == (c, ("example-q8", "example-large"))
+    assert {rules[name].sampling.top_k for name in ("example", "example-q4", "example-q8", "mine")} == {20}
+    assert rules["example-mmproj"].names == ("example-mmproj", "example-vision")
+    assert (rules["example-mmproj"].kind, rules["example-q8"].license) == ("projector", "apache-2.0")
+    q4, q8 = plan_sources(rules["example"])
+    assert (q4.sha, q4.urls, q4.file, q4.parts) == (a, ("https://example.org/example-q4.gguf",), None, ())
+    assert (q8.sha, q8.urls) == (c, ("https://example.org/1", "https://example.net/1"))
+    assert q8.file == "example-q8-00001-of-00002.gguf"
+    assert [(part.sha[7], part.urls) for part in q8.parts] == [("d", ("https://example.org/2",))]
+    assert plan_sources(rules["example-q8"]) == plan_sources(rules["mine"]) == (q8,)
+    (single,) = plan_sources(rules["single"])
+    assert (single.sha, single.urls) == (f, ("https://example.org/f.gguf", "https://example.net/f.gguf"))
+    assert rules["example"].urls == (*q4.urls, *q8.urls)
+    assert (rules["example-q8"].keys, rules["example-q8"].line) == ("0", 9)
+    assert plan_sources(rules["example-mmproj"])[0].sha == e
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "default-configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_default_configs_are_good(path: Path) -> None:
-    """What is shipped has no problems and names its models by SHA."""
+    """What is shipped has no problems and names its models by SHA, but for the names that any model may have."""
     rules = parse_config(path.read_bytes(), file=path.name, layer="shipped")
     assert rules
-    assert all(sha.startswith("sha256:") for rule in rules for sha in rule.shas)
+    usual = path.stem == "usual-names"
+    assert all(sha == "*" if usual else sha.startswith("sha256:") for rule in rules for sha in rule.shas)
     assert extend_rules(rules)[1] == ()
 
 

@@ -70,7 +70,7 @@ def test_completions_have_every_command_and_option(name: str) -> None:
     text = (COMPLETIONS / name).read_text()
     there = command_line()
     if name.endswith(".fish"):
-        options = {f"--{option}" for option in re.findall(r" -l ([\w-]+)", text)}
+        options = {f"--{option}" for option in re.findall(r"^complete .* -l ([\w-]+)", text, re.MULTILINE)}
         commands = set(re.findall(r"__fish_use_subcommand -a (\w+)", text))
     else:
         options = set(re.findall(r"--[a-z][a-z-]+", text))
@@ -129,6 +129,35 @@ def test_checkers_have_nothing_to_say(command: list[str]) -> None:
     paths = [str(CONTRIB / argument) if (CONTRIB / argument).is_file() else argument for argument in arguments]
     said = run(tool(name), *paths)
     assert "warning" not in said.lower(), said
+
+
+# -- the documented settings --
+
+
+def documented_settings() -> dict[str, str]:
+    """Return the keys of contrib/localaid.yaml, each with what stands behind it; the text of comments is longer."""
+    text = (CONTRIB / "localaid.yaml").read_text()
+    lines = re.findall(r"^#(\w+):(?: (.*))?$", text, re.MULTILINE)
+    assert len(lines) == len({key for key, _ in lines})
+    return dict(lines)
+
+
+def test_every_setting_is_documented() -> None:
+    """And no other: what the file has is what the program reads."""
+    assert documented_settings().keys() == localaid._SETTINGS_KEYS.keys()
+    fields = {key if isinstance(field, dict) else field for key, field in localaid._SETTINGS_KEYS.items()}
+    assert fields == set(localaid.Settings.__struct_fields__)
+
+
+@pytest.mark.parametrize("key", sorted(documented_settings()))
+def test_a_documented_line_holds_its_default(key: str) -> None:
+    """Without its "#" it is read, and changes nothing; folders, which come from elsewhere, have an example."""
+    settings = localaid.parse_settings(f"{key}: {documented_settings()[key]}\n".encode(), file="localaid.yaml")
+    changed = localaid.diff_settings(localaid.Settings(), settings)
+    assert changed == [] or key in EXAMPLES
+
+
+EXAMPLES = {"models", "configs", "state"}
 
 
 # -- packaging --

@@ -21,7 +21,7 @@ import pytest
 
 import localaid
 from conftest import PROGRAM, Daemon, StartDaemon
-from localaid import ConfigErrors, Settings, check_folder, choose_folders, load_memory_bytes, load_settings
+from localaid import ConfigErrors, Folders, Settings, check_folder, choose_folders, load_memory_bytes, load_settings
 from models import place_model, write_tiny_llama, write_tiny_lora
 from processes import is_running
 
@@ -382,6 +382,32 @@ def test_a_rule_may_put_a_lora_adapter_on_a_model_by_its_sha(
     assert any("LoRA" in why for why in status_now.unservable.values())
 
 
+async def test_a_settings_step_that_fails_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its last good value stays in force, and is tried again at the next reload; the others are taken."""
+    file = tmp_path / "localaid.yaml"
+    folders = Folders(models=(), configs=tmp_path, state=tmp_path, settings=file, shipped=tmp_path)
+    one = localaid.Daemon(folders, Settings(), "127.0.0.1:0")
+    caplog.set_level("INFO")
+
+    def fail(_daemon: localaid.Daemon, _new: Settings) -> None:
+        raise OSError(5, "Input/output error")
+
+    file.write_text("queue_size: 5\nmemory: 4GiB\ndrain: 5s\n")
+    with monkeypatch.context() as broken:
+        broken.setattr(localaid, "SETTINGS_STEPS", {**localaid.SETTINGS_STEPS, "memory": fail})
+        one.reload_settings()
+    assert (one.settings.queue_size, one.supervisor.queue_size, one.settings.drain_s) == (5, 5, 5.0)
+    assert one.settings.memory == Settings().memory
+    assert "settings: memory: cannot become 4GiB ([Errno 5] Input/output error); 80% stays in force" in caplog.text
+    assert "error in" in one.status().state
+    one.reload_settings()
+    assert "settings: memory: 80% -> 4GiB" in caplog.text
+    assert caplog.text.count("queue_size: 64 -> 5") == 1
+    assert (one.supervisor.table.budget_bytes, one.status().problems) == (4 << 30, ())
+
+
 def test_hup_takes_new_settings_and_keeps_the_old_ones_where_they_are_broken(
     daemon: StartDaemon, tiny_llama: Path, notified: Notified, tmp_path: Path
 ) -> None:
@@ -392,8 +418,22 @@ def test_hup_takes_new_settings_and_keeps_the_old_ones_where_they_are_broken(
     served.process.signal(signal.SIGHUP)
     notified.until("RELOADING=1")
     notified.until("READY=1")
-    served.process.wait_for_line("settings: queue_size is now 5")
-    served.process.wait_for_line("settings: hash_threads has changed and needs a restart")
+    served.process.wait_for_line("INFO localaid: settings: queue_size: 64 -> 5$")
+    served.process.wait_for_line("WARNING .*settings: hash_threads: 2 -> 1 needs a restart; 2 stays in force")
+    served.process.signal(signal.SIGHUP)  # once more: what waits for a restart is told again, what was taken is not
+    notified.until("READY=1")
+    assert served.log.count("queue_size: 64 -> 5") == 1
+    assert served.log.count("hash_threads: 2 -> 1 needs a restart") == 2
+    served.settings.write_text("queue_size: 5\n")
+    served.process.signal(signal.SIGHUP)
+    served.process.wait_for_line("settings: nothing has changed")
+    served.settings.write_text("queue_size: 5\napi_keys: ['ann:SECRET']\n")
+    served.process.signal(signal.SIGHUP)
+    served.process.wait_for_line(r"settings: api_keys: \[\] -> \[ann\]")
+    served.settings.write_text("queue_size: 5\n")
+    served.process.signal(signal.SIGHUP)
+    served.process.wait_for_line(r"settings: api_keys: \[ann\] -> \[\]")
+    assert "SECRET" not in served.log
     served.settings.write_text("queue_sise: 7\n")
     served.process.signal(signal.SIGHUP)
     served.process.wait_for_line("queue_sise.*the settings in force stay")

@@ -227,6 +227,10 @@ def test_tokens_there_and_back(served: Daemon) -> None:
     plain = post(served, "/tokenize", {"model": "chat", "content": "</s>", "parse_special": False})[1]["tokens"]
     assert special == [1, 2]
     assert 2 not in plain  # type: ignore[operator]
+    mixed = {"model": "chat", "content": [text, 2, text], "add_special": True}
+    assert post(served, "/tokenize", mixed)[1] == {"tokens": [1, *tokens, 2, *tokens]}
+    status, error = post(served, "/tokenize", {"model": "chat", "content": ["a", -1]})
+    assert (status, error["param"]) == (400, "content[1]")
     status, error = post(served, "/detokenize", {"model": "chat", "tokens": [1, 100000]})
     assert (status, error["param"]) == (400, "tokens[1]")
 

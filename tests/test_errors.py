@@ -15,6 +15,7 @@ from localaid import (
     BrokenFrame,
     CannotListen,
     ContextLengthExceeded,
+    DaemonRefused,
     DaemonUnreachable,
     DemoModelMissing,
     EncodingUnsupported,
@@ -31,17 +32,26 @@ from localaid import (
     MethodNotAllowed,
     ModelFailed,
     ModelTooLarge,
+    NoModelsFolder,
+    NoRoom,
+    NothingToPull,
     OpenWithoutKeys,
+    OriginRefused,
     PreviousResponseNotFound,
     PromptEmpty,
+    PullFailed,
+    PullOff,
     QueueFull,
     ResponseNotFound,
     RouteNotFound,
     SchemaUnsupported,
     ShuttingDown,
     SocketUnusable,
+    SourceFailed,
+    StillDownloading,
     StillHashing,
     TokenUnknown,
+    WeightsMismatch,
     WorkerDied,
     error_from_wire,
     error_to_wire,
@@ -230,6 +240,75 @@ def all_errors() -> list[type[LocalaidError]]:
             "adapter_missing",
             "Rule 'r' needs the LoRA adapter sha256:ab, which is not there; put it into a models folder.",
         ),
+        (
+            OriginRefused(origin="https://example.org"),
+            403,
+            "origin_refused",
+            (
+                "Web pages of 'https://example.org' may not do this; list them under `cors_origins` in the settings if "
+                "they should."
+            ),
+        ),
+        (
+            NothingToPull(name="x", reason="no config has it"),
+            404,
+            "nothing_to_pull",
+            "'x' cannot be fetched: no config has it.",
+        ),
+        (
+            PullOff(),
+            409,
+            "pull_off",
+            "localaid fetches no weights here; set `pull: manual`, or on-demand, in the settings.",
+        ),
+        (
+            PullFailed(file="a.gguf", problem="https://example.org/a answers with status 404", retry_after_s=60.0),
+            503,
+            "pull_failed",
+            "a.gguf could not be downloaded: https://example.org/a answers with status 404.",
+        ),
+        (
+            SourceFailed(url="https://example.org/a", problem="answers with status 404"),
+            503,
+            "pull_failed",
+            "https://example.org/a answers with status 404",
+        ),
+        (
+            WeightsMismatch(url="https://example.org/a", wanted="sha256:ab", found="sha256:cd", kept="/m/a.mis"),
+            503,
+            "pull_failed",
+            (
+                "https://example.org/a gave sha256:cd where sha256:ab was wanted; it is kept as /m/a.mis and not "
+                "served: correct the rule if this is the file that you want, or else delete it"
+            ),
+        ),
+        (
+            NoRoom(folder="/m", needed_bytes=3 << 20, free_bytes=-1),
+            503,
+            "pull_failed",
+            (
+                "/m needs 3 MiB of free space and has 0 MiB; make room, or add a models folder on another disk, and "
+                "pull again"
+            ),
+        ),
+        (
+            NoModelsFolder(problems=["/m: Read-only file system"]),
+            503,
+            "pull_failed",
+            (
+                "no models folder can be written (/m: Read-only file system); let localaid write to one, or add one "
+                "with --models"
+            ),
+        ),
+        (
+            StillDownloading(name="x", progress="a.gguf: 41 % of 98 MB", retry_after_s=2.1),
+            503,
+            "model_downloading",
+            (
+                "The model 'x' is being downloaded (a.gguf: 41 % of 98 MB); ask again in 3 s, or ask for a stream, "
+                "which waits."
+            ),
+        ),
         (ShuttingDown(), 503, "shutting_down", "localaid is shutting down; ask again when it has been restarted."),
         (
             WorkerDied(file="a.gguf", reason="was ended by SIGSEGV"),
@@ -262,10 +341,25 @@ def all_errors() -> list[type[LocalaidError]]:
             "cannot listen on [::1]:80: Permission denied; choose another address with --listen or in the settings.",
         ),
         (
-            DaemonUnreachable(listen="127.0.0.1:8080", problem="refused"),
+            DaemonUnreachable(tried=["127.0.0.1:8080 (Connection refused)"]),
             500,
             None,
-            "the daemon on 127.0.0.1:8080 does not answer (refused); start it, or name it with --listen.",
+            "no daemon answers on 127.0.0.1:8080 (Connection refused); start it, or name it with --listen.",
+        ),
+        (
+            DaemonUnreachable(tried=["unix:/a (Permission denied)", "[::1]:1 (refused)"], join="usermod -aG x ann"),
+            500,
+            None,
+            (
+                "no daemon answers on unix:/a (Permission denied), nor on [::1]:1 (refused); start it, or name it with "
+                "--listen, or join the group that may ask there: usermod -aG x ann, then log in again."
+            ),
+        ),
+        (
+            DaemonRefused(listen="127.0.0.1:8080", problem="There is no GET /x; see /openapi.json."),
+            500,
+            None,
+            "the daemon on 127.0.0.1:8080 says: There is no GET /x; see /openapi.json.",
         ),
         (
             DemoModelMissing(),

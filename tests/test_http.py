@@ -9,6 +9,7 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
@@ -683,7 +684,7 @@ async def test_two_models_that_do_not_fit_together_take_turns(daemon: StartDaemo
 
 @contextlib.asynccontextmanager
 async def serve_here(
-    folder: Path, models: Iterable[Path], settings: localaid.Settings
+    folder: Path, models: Iterable[Path], settings: localaid.Settings, listen: str = "127.0.0.1:0"
 ) -> AsyncIterator[tuple[localaid.Daemon, aiohttp.ClientSession]]:
     """Run a daemon within this process, for tests that hold or break one of its steps; its workers are processes."""
     for part in ("models", "configs", "state"):
@@ -697,12 +698,15 @@ async def serve_here(
         settings=folder / "localaid.yaml",
         shipped=folder / "shipped",
     )
-    one = localaid.Daemon(folders, settings, "127.0.0.1:0")
+    one = localaid.Daemon(folders, settings, listen)
     running = asyncio.create_task(one.run())
     while not one.is_ready and not running.done():  # it tells systemd, not its own process
         await asyncio.wait((running,), timeout=0.01)
     try:
-        async with aiohttp.ClientSession(one.status().listen[0]) as http:
+        path = listen.removeprefix("unix:")
+        connector = aiohttp.UnixConnector(path) if path != listen else None
+        base = "http://localhost" if connector else one.status().listen[0]
+        async with aiohttp.ClientSession(base, connector=connector) as http:
             yield one, http
     finally:
         one._stop.set()
@@ -816,6 +820,47 @@ def test_the_official_client_can_leave_a_stream(served: Daemon, client: openai.O
             await until(http, lambda status: running(status) == 0)
 
     asyncio.run(left())
+
+
+async def test_a_client_that_reads_slowly_gets_every_event(tiny_llama: Path, tmp_path: Path) -> None:
+    """What its connection cannot hold waits for it, and comes in order; the worker is not held up."""
+    body = json.dumps({
+        "model": tiny_llama.stem, "messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "ignore_eos": True,
+        "seed": 1, "logprobs": True, "top_logprobs": 20, "stream": True,
+    }).encode()  # fmt: skip
+    at = tmp_path / "socket"  # a unix socket's buffer does not grow
+    async with serve_here(tmp_path, [tiny_llama], localaid.Settings(), f"unix:{at}") as (daemon, http):
+        async with http.post(CHAT, data=body) as answer:
+            wanted = _read_scored(await answer.read())
+        slow = socket.socket(socket.AF_UNIX)
+        slow.connect(str(at))
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        slow.sendall(head.encode() + body)
+        while daemon.supervisor.status().workers[0].steps < 800:  # all of them, and nothing has been read
+            await asyncio.wait((asyncio.create_task(asyncio.sleep(0.01)),))
+        reader, writer = await asyncio.open_unix_connection(sock=slow)
+        received = await reader.read()
+        writer.close()
+    assert len(wanted[1]) > 390
+    assert _read_scored(b"".join(_unchunk(received.partition(b"\r\n\r\n")[2]))) == wanted
+
+
+def _read_scored(stream: bytes) -> tuple[str, list[str]]:
+    """Return the text and the tokens of a stream that came to its end."""
+    events = stream.split(b"\n\n")
+    assert events[-2:] == [b"data: [DONE]", b""]
+    choices = [json.loads(event[6:])["choices"][0] for event in events[:-2]]
+    assert choices[-1]["finish_reason"] == "length"
+    tokens = [token["token"] for choice in choices if choice["logprobs"] for token in choice["logprobs"]["content"]]
+    return "".join(choice["delta"].get("content", "") for choice in choices), tokens
+
+
+def _unchunk(body: bytes) -> Iterator[bytes]:
+    """Yield the chunks of a body."""
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        yield rest[: int(size, 16)]
+        body = rest[int(size, 16) + 2 :]
 
 
 async def test_a_model_that_cannot_be_loaded_is_listed_as_failed(daemon: StartDaemon, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import hashlib
+import json
 import logging
 import os
 import random
@@ -820,3 +821,166 @@ async def test_the_periodic_scan(models: Path, monkeypatch: pytest.MonkeyPatch) 
     async with running(models, rescan_s=0.01) as index:
         content = write_gguf(models / "a.gguf")
         await known(index, "a.gguf", sha256(content))
+
+
+# -- stores of other programs --
+
+
+class HubCache:
+    """A Hugging Face cache as its client lays it out: content below blobs/, links to it below snapshots/."""
+
+    def __init__(self, hub: Path, name: str = "o/n") -> None:
+        """Make the repository's folders."""
+        self.folder = hub / f"models--{name.replace('/', '--')}"
+        (self.folder / "refs").mkdir(parents=True)
+        (self.folder / "refs" / "main").write_text("1" * 40)
+        (self.folder / ".no_exist" / ("1" * 40)).mkdir(parents=True)
+        (self.folder / ".no_exist" / ("1" * 40) / "config.json").touch()
+        (hub / "version.txt").write_text("1")
+
+    def add(self, file: str, content: bytes, revision: str = "1" * 40, etag: str | None = None) -> Path:
+        """Store a file as a download does; return its path in the snapshot."""
+        blob = self.folder / "blobs" / (etag or sha256(content))
+        blob.parent.mkdir(exist_ok=True)
+        incomplete = blob.with_name(f"{blob.name}.incomplete")
+        incomplete.write_bytes(content)
+        incomplete.rename(blob)
+        link = self.folder / "snapshots" / revision / file
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+        return link
+
+
+class OllamaStore:
+    """Ollama's folder: blobs without extensions, manifests that name them."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folders."""
+        self.folder = folder
+        (folder / "blobs").mkdir(parents=True)
+
+    def blob(self, content: bytes) -> str:
+        """Store a blob; return its digest."""
+        file = self.folder / "blobs" / f"sha256-{sha256(content)}"
+        file.with_name(f"{file.name}-partial").write_bytes(content)
+        file.with_name(f"{file.name}-partial").rename(file)
+        return f"sha256:{sha256(content)}"
+
+    def add(self, name: str, content: bytes) -> Path:
+        """Store a model as `ollama pull` does; return its manifest, "HOST/NAMESPACE/MODEL/TAG"."""
+        layers = [
+            {"mediaType": "application/vnd.ollama.image.model", "digest": self.blob(content), "size": len(content)},
+            {"mediaType": "application/vnd.ollama.image.template", "digest": self.blob(b"{{ .Prompt }}"), "size": 13},
+            {"mediaType": "application/vnd.ollama.image.license", "digest": self.blob(b"Take it."), "size": 8},
+            {"mediaType": "application/vnd.ollama.image.params", "digest": self.blob(b'{"stop": ["x"]}'), "size": 15},
+        ]
+        config = {"mediaType": "application/vnd.docker.container.image.v1+json", "digest": self.blob(b"{}"), "size": 2}
+        manifest = self.folder / "manifests" / name
+        manifest.parent.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(json.dumps({"schemaVersion": 2, "config": config, "layers": layers}))
+        return manifest
+
+
+def names_of(inventory: localaid.Inventory) -> dict[str, str]:
+    """Return the names that clients may use, each with the SHA behind it; none while something is being hashed."""
+    if any(file.sha256 is None for file in inventory.files):
+        return {}
+    table = localaid.build_table(localaid.auto_rules(inventory.files))
+    return {one.name: one.file.sha256 or "" for one in localaid.plan_listing(table, inventory)}
+
+
+async def test_a_hugging_face_cache(models: Path) -> None:
+    """Its models are served under their files' names, once; nothing else of it is listed, nor its digests believed."""
+    cache = HubCache(models)
+    content = write_gguf(models.parent / "made.gguf")
+    link = cache.add("sub/M-Q4_0.gguf", content, etag="f" * 64)  # which is not its SHA
+    cache.add("tokenizer.json", b'{"a": 1}', etag="e" * 40)
+    cache.add("model.safetensors", b"\x10\0\0\0\0\0\0\0{}")
+    (cache.folder / "blobs" / f"{'d' * 64}.incomplete").write_bytes(content[:100])
+    async with running(models) as index:
+        named = {name: sha256(content) for name in ("M-Q4_0", "m")}
+        await index.wait_until(lambda inventory: names_of(inventory) == named)
+        listed = [file.path for file in index.inventory.files]
+        assert listed == [str(link), str(cache.folder / "blobs" / ("f" * 64))]
+        newer = write_gguf(models.parent / "newer.gguf", "newer")
+        cache.add("sub/M-Q4_0.gguf", newer, revision="0" * 40)
+        old = f"models--o--n/snapshots/{'1' * 40}/sub/M-Q4_0"
+        both = {**dict.fromkeys(named, sha256(newer)), old: sha256(content)}
+        await index.wait_until(lambda inventory: names_of(inventory) == both)
+        shutil.rmtree(cache.folder)
+        await index.wait_until(lambda inventory: inventory.files == ())
+
+
+async def test_an_ollama_store(models: Path) -> None:
+    """Its models are served under Ollama's names; what else its blobs are is passed over; `ollama rm` takes it away."""
+    store = OllamaStore(models)
+    content = write_gguf(models.parent / "a.gguf")
+    other = write_gguf(models.parent / "b.gguf", "other")
+    manifest = store.add("registry.ollama.ai/library/smollm2/135m", content)
+    async with running(models) as index:
+        named = {"smollm2:135m": sha256(content)}
+        await index.wait_until(lambda inventory: names_of(inventory) == named)
+        assert len(index.inventory.files) == 1
+        latest = store.add("registry.ollama.ai/library/smollm2/latest", content)  # only the manifest is new
+        named |= dict.fromkeys(("smollm2", "smollm2:latest"), sha256(content))
+        await index.wait_until(lambda inventory: names_of(inventory) == named)
+        store.add("hf.co/o/n/Q4_0", other)
+        named["hf.co/o/n:Q4_0"] = sha256(other)
+        await index.wait_until(lambda inventory: names_of(inventory) == named)
+        shutil.rmtree(latest.parents[1])
+        (models / "blobs" / f"sha256-{sha256(content)}").unlink()
+        await index.wait_until(lambda inventory: names_of(inventory) == {"hf.co/o/n:Q4_0": sha256(other)})
+        assert not manifest.exists()
+
+
+async def test_a_lone_blob_is_called_by_its_title(models: Path) -> None:
+    """Ollama's blobs without their manifests."""
+    store = OllamaStore(models)
+    content = write_gguf(models.parent / "a.gguf", "Smol LM")
+    store.blob(content)
+    store.blob(b"{}")
+    async with running(models / "blobs") as index:
+        await index.wait_until(lambda inventory: "smol-lm" in names_of(inventory))
+        assert [file.sha256 for file in index.inventory.files] == [sha256(content)]
+
+
+async def test_a_broken_model_in_a_store_is_told_of(models: Path) -> None:
+    """It is one that cannot be served, not one of the other blobs."""
+    content = write_gguf(models.parent / "a.gguf")
+    digest = OllamaStore(models).blob(content[:-8]).replace(":", "-")
+    async with running(models) as index:
+        await refused(index, f"blobs/{digest}", "cut short")
+
+
+DIGEST = "0" * 64
+LAYER = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{DIGEST}"}
+
+
+@pytest.mark.parametrize(
+    ("path", "document", "names"),
+    [
+        ("registry.ollama.ai/library/m/7b", {"layers": [LAYER]}, ("m:7b",)),
+        ("registry.ollama.ai/library/m/latest", {"layers": [LAYER]}, ("m:latest", "m")),
+        ("registry.ollama.ai/ann/m/7b", {"layers": [{}, LAYER]}, ("ann/m:7b",)),
+        ("example.org/library/m/7b", {"layers": [LAYER]}, ("example.org/library/m:7b",)),
+        ("h/n/m/*", {"layers": [LAYER]}, None),
+        ("h/n/m/a\nb", {"layers": [LAYER]}, None),
+        ("h/n/m/" + "t" * 400, {"layers": [LAYER]}, None),
+        ("h/n/m", {"layers": [LAYER]}, None),
+        ("h/n/m/t", {"layers": [{**LAYER, "digest": "sha256:../../../etc/passwd"}]}, None),
+        ("h/n/m/t", {"layers": [{"mediaType": "application/vnd.ollama.image.template"}]}, None),
+        ("h/n/m/t", {"layers": 1}, None),
+        ("h/n/m/t", [], None),
+        ("h/n/m/t", {}, None),
+    ],
+)
+def test_manifests(path: str, document: object, names: tuple[str, ...] | None) -> None:
+    """Names as Ollama shows them; whatever is no manifest of a model is none."""
+    found = localaid.parse_manifest(json.dumps(document).encode(), f"/o/manifests/{path}")
+    assert found == (None if names is None else (f"/o/blobs/sha256-{DIGEST}", names))
+
+
+@pytest.mark.parametrize("document", [b"", b"GGUF", b"[" * 10_000, b"\xff", b'{"layers": [' + b" " * 70_000])
+def test_no_manifests(document: bytes) -> None:
+    """What is no JSON, or too much of it."""
+    assert localaid.parse_manifest(document, "/o/manifests/h/n/m/t") is None

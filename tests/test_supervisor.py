@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import hashlib
 import os
 import random
@@ -731,12 +732,51 @@ def test_unknown_errors_are_reported_as_such(name: str, fields: dict[str, str | 
     assert isinstance(localaid.error_from_wire(name, fields), localaid.WorkerFault)
 
 
+# -- a reader that takes events at once --
+
+
+async def test_what_a_reader_takes_at_once_and_what_waits_come_in_order(bench: Bench) -> None:
+    """After it has declined it is asked again only when it has read what waits."""
+    generation, seen, asked = bench.ask(bench.target(), "say 40"), [], itertools.count()
+
+    def take(event: Accepted | Delta) -> bool:
+        if next(asked) % 3 == 2:
+            return False
+        seen.append(event)
+        return True
+
+    generation.take = take
+    async with asyncio.timeout(LIMIT_S):
+        async for event in generation:
+            seen.append(event)
+    assert next(asked) > 3
+    assert isinstance(seen[0], Accepted)
+    assert "".join(event.text for event in seen if isinstance(event, Delta)).split() == list(map(str, range(40)))
+
+
+async def test_a_fault_of_the_taker_is_the_readers(bench: Bench) -> None:
+    """The worker and its other requests go on."""
+    target = bench.target()
+    broken = bench.ask(target, "hold")
+
+    def take(_: Accepted | Delta) -> bool:
+        raise ZeroDivisionError
+
+    broken.take = take
+    with pytest.raises(ZeroDivisionError):
+        await read(broken)
+    broken.close()
+    assert await read(bench.ask(target, "say 2")) == "0 1 "
+    (worker,) = bench.workers
+    assert (worker.state, worker.running) == ("loaded", 0)
+
+
 # -- tasks with one reply --
 
 
 def tokenize(bench: Bench, target: Target, text: str, client: str = "client") -> Generation:
     """Submit a task with one reply."""
-    return bench.supervisor.submit(target, Tokenize(id=0, text=text), client=client)
+    return bench.supervisor.submit(target, Tokenize(id=0, parts=[text]), client=client)
 
 
 async def reply(generation: Generation) -> int:

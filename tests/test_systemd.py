@@ -28,7 +28,7 @@ from systemd_box import Bind, BoxFailed, SystemdBox, why_no_box
 REPO = Path(__file__).parent.parent
 UNITS = REPO / "contrib" / "systemd"
 TCP = ("127.0.0.1", 8080)
-CONTROL = "/run/localaid/control"
+CONTROL = "/run/localaid/control.sock"
 MODELS, CONFIGS = "/var/lib/localaid/models", "/etc/localaid/configs"
 SETTINGS = "/etc/localaid/localaid.yaml"
 DROP_INS = "/etc/systemd/system/localaid.service.d"
@@ -302,7 +302,7 @@ def test_reload_takes_settings_and_loses_nothing(service: Service) -> None:
     running = service.stream()
     service.settings("queue_size: 7\n")
     service.box.run("systemctl", "reload", "localaid")
-    service.until(lambda: "settings: queue_size is now 7" in service.journal())
+    service.until(lambda: "settings: queue_size: 64 -> 7" in service.journal())
     service.until(lambda: service.box.show("localaid", "SubState") == "running")
     service.settings("queue_sise: 7\n")
     service.box.run("systemctl", "reload", "localaid")
@@ -321,7 +321,7 @@ def test_reload_waits_where_systemd_can(service: Service) -> None:
     service.start()
     service.settings("queue_size: 7\n")
     service.box.run("systemctl", "reload", "localaid")
-    assert "settings: queue_size is now 7" in service.journal()
+    assert "settings: queue_size: 64 -> 7" in service.journal()
 
 
 def test_folders_that_cannot_be_used_are_told_of_with_the_fix(service: Service) -> None:
@@ -339,6 +339,33 @@ def test_folders_that_cannot_be_used_are_told_of_with_the_fix(service: Service) 
     service.box.sh("chgrp localaid /srv/kept /srv/state; chmod g+rwx /srv/kept /srv/state; mkdir /srv/none")
     service.box.run("systemctl", "restart", "localaid")
     assert "cannot use" not in service.status
+
+
+def test_the_journal_has_priorities_and_the_doctor_looks_at_the_service(service: Service) -> None:
+    """Errors are errors to journalctl; root's `localaid doctor` takes the unit's folders, as the unit's user."""
+
+    def doctor() -> dict[str, dict[str, str]]:
+        command = "/opt/localaid/bin/localaid doctor --json || true"
+        return {one["check"]: one for one in json.loads(service.box.sh(command))}
+
+    found = doctor()
+    assert (found["service"]["state"], found["daemon"]["state"]) == ("warning", "warning")
+    service.start()
+    service.config("a.yaml", "name: a\nshas: ['*']\ntop_q: 1\n")
+    service.until(lambda: "config error" in service.status)
+    errors = service.box.run("journalctl", "-u", "localaid", "-p", "err", "-o", "cat")
+    assert "top_q: unknown key" in errors
+    assert "ready on" not in errors
+    found = doctor()
+    assert found["service"]["what"] == "localaid.service is active"
+    assert found["models"]["state"] == found["settings"]["state"] == "ok"
+    assert found["configs"]["what"].startswith("/etc/localaid/configs/a.yaml: top_q: unknown key")
+    assert found["daemon"]["what"].startswith("/etc/localaid/configs/a.yaml: top_q: unknown key")
+    service.box.sh("chmod 700 /var/lib/localaid/models; chown root:root /var/lib/localaid/models")
+    command = "/opt/localaid/bin/localaid doctor || true"
+    told = service.box.sh(command)
+    service.box.sh("chmod 2775 /var/lib/localaid/models; chown localaid:localaid /var/lib/localaid/models")
+    assert "/var/lib/localaid/models: user localaid may not list it" in told
 
 
 # -- when something hangs or dies --
@@ -573,6 +600,11 @@ def test_api_keys_come_as_a_credential(service: Service) -> None:
         service.box.run(python, "-c", script, user="eve")
     models = script.replace("/localaid/explain?path=v1/chat&name=tiny", "/v1/models")
     assert "401" in service.box.run(python, "-c", models, user="ann")
+    program = ("env", "HOME=/tmp", "/opt/localaid/bin/localaid")
+    for command, told in (("status", "1 model"), ("list", "tiny.gguf"), ("explain v1/chat tiny", "tiny.gguf")):
+        assert told in service.box.run(*program, *command.split(), user="ann")
+    with pytest.raises(BoxFailed, match="usermod -aG localaid eve"):
+        service.box.run(*program, "status", user="eve")
 
 
 # -- the sandbox --
@@ -749,7 +781,7 @@ def test_units_are_what_is_installed(service: Service) -> None:
     assert {name: service.box.show("localaid", name) for name in shown} == shown
     assert {"network-online.target", "remote-fs.target"} <= set(service.box.show("localaid", "After").split())
     service.start()
-    stat = "stat -c '%a %U:%G' /var/lib/localaid /var/cache/localaid /run/localaid/control"
+    stat = "stat -c '%a %U:%G' /var/lib/localaid /var/cache/localaid /run/localaid/control.sock"
     assert service.box.sh(stat).splitlines() == [
         "2775 localaid:localaid",
         "750 localaid:localaid",

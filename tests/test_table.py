@@ -309,6 +309,39 @@ def test_auto_names_that_are_ambiguous() -> None:
     assert names == {"M": ["x/M.gguf", "y/M.gguf"], "x/M": ["x/M.gguf"], "y/M": ["y/M.gguf"]}
 
 
+def stored(letter: str, relative: str, **fields: object) -> FileEntry:
+    """Return a file as stores of other programs have it."""
+    return msgspec.structs.replace(model(letter, relative), **fields)
+
+
+def test_auto_names_of_stores() -> None:
+    """A digest is no name where the content has a better one: another path's, its manifest's, its title."""
+    blob, revision = "models--o--n/blobs/" + "a" * 64, "models--o--n/snapshots/" + "1" * 40
+    names = names_of(model("a", blob), model("a", f"{revision}/M-Q4_0.gguf"))
+    assert names == {name: [f"{revision}/M-Q4_0.gguf"] for name in ("M-Q4_0", "m")}
+    unhashed = [model("a", blob, is_hashed=False), model("a", f"{revision}/M.gguf", is_hashed=False)]
+    names = names_of(*(msgspec.structs.replace(file, content="1:2") for file in unhashed))
+    assert names == {name: [f"{revision}/M.gguf"] for name in ("M", "m")}
+    ollama = "blobs/sha256-" + "b" * 64
+    named = stored("b", ollama, alias_names=(("smollm2:135m", None),), title="SmolLM2")
+    assert names_of(named) == {"smollm2:135m": [ollama]}
+    titled = stored("b", ollama, title="Smol LM2 (135M)/chat", quantisation="Q4_0")
+    assert names_of(titled) == {name: [ollama] for name in ("Smol-LM2-135M-chat-Q4_0", "smol-lm2-135m-chat")}
+    assert names_of(model("b", ollama)) == {"sha256-" + "b" * 64: [ollama]}
+    assert names_of(stored("b", ollama, title="\u202e")) == {"sha256-" + "b" * 64: [ollama]}
+
+
+def test_auto_names_of_revisions() -> None:
+    """Of several revisions in a Hugging Face cache the newest has the file's name; one content counts once."""
+    old, new = ("models--o--n/snapshots/" + digit * 40 + "/m.gguf" for digit in "12")
+    both = [stored("a", old, path=f"/hub/{old}"), stored("b", new, path=f"/hub/{new}", mtime=1.0)]
+    for files in (both, both[::-1]):
+        found = {name: rule.shas for rule in auto_rules(files) for name in rule.names}
+        assert found == {"m": (sha("b"),), old.removesuffix(".gguf"): (sha("a"),)}
+    same = [both[0], msgspec.structs.replace(both[1], sha256="a" * 64)]
+    assert [rule.names for rule in auto_rules(same)] == [("m",)]
+
+
 def test_auto_rules_of_aliases() -> None:
     """aliases.json gives a file a second name, with a description; a file that cannot be served gets no name."""
     file = model("a", aliases=(("whisper", "Hears"), ("w", None)))
@@ -370,7 +403,7 @@ def test_model_not_found() -> None:
     assert texts == [
         (
             f"The model 'alpaca' is not served on {CHAT}: no file is there for {sha('a')}, {sha('b')}; "
-            "put one into a models folder; to be had from https://example.org/a."
+            "`localaid pull alpaca` fetches one, or put it into a models folder, from https://example.org/a."
         ),
         f"The model 'GPT-5' is not served on {CHAT}; did you mean 'gpt-4'? /v1/models lists every name.",
         f"The model 'embedder' is not served on {CHAT}, only on {EMBEDDINGS}; ask there, or add the path to its rule.",
@@ -743,6 +776,6 @@ def test_resolve_costs_the_same_whatever_the_number_of_rules(asked: str) -> None
         ]
         files = [msgspec.structs.replace(model("a"), sha256=f"{7:064x}", sha1="1" * 40)]
         table, inventory = build_table(rules), Inventory(files)
+        assert (resolve(table, inventory, CHAT, asked).rule is None) == (asked == "unknown")  # and compiles the glob
         counts.append(count_lines(table, inventory, asked))
-        assert (resolve(table, inventory, CHAT, asked).rule is None) == (asked == "unknown")
     assert counts[0] == counts[1]

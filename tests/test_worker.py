@@ -510,7 +510,7 @@ def test_tasks_are_answered_in_the_middle_of_an_answer(shared: WorkerEnd) -> Non
     prompt = ChatPrompt(messages=[ChatMessage(role="user", content="Hello")])
     shared.send(
         Embed(id=first, inputs=["The river", "the stone " * 90, [1, 2, 3]]),
-        Tokenize(id=second, text="Hello, world"),
+        Tokenize(id=second, parts=["Hello, world"]),
         Detokenize(id=third, tokens=[1, 19556]),
         Render(id=fourth, prompt=prompt),
     )

@@ -21,23 +21,29 @@ _localaid() {
             COMPREPLY=($(compgen -f -- "$cur"))
             return
             ;;
+        --path)
+            COMPREPLY=($(compgen -W 'v1/chat v1/completion v1/embeddings v1/rerank' -- "$cur"))
+            return
+            ;;
         --listen)
-            COMPREPLY=($(compgen -W '127.0.0.1:8080 0.0.0.0:8080 unix:/run/localaid/control' -- "$cur"))
+            COMPREPLY=($(compgen -W '127.0.0.1:8080 0.0.0.0:8080 unix:/run/localaid/control.sock' -- "$cur"))
             return
             ;;
         --log-format)
-            COMPREPLY=($(compgen -W 'auto text json' -- "$cur"))
+            COMPREPLY=($(compgen -W 'auto plain journal json' -- "$cur"))
             return
             ;;
         --api-key | --fd) return ;;
     esac
     local folders='--models --configs --state --settings --listen --help' options=''
     case $command in
-        '') options='--version --help check demo doctor explain hash list serve status worker' ;;
+        '') options='--version --help check demo doctor explain hash list pull serve status worker' ;;
         serve) options="$folders --log-format" ;;
         check | hash) options=$folders ;;
-        doctor) options="$folders --json" ;;
-        status | list | explain) options="$folders --api-key --json" ;;
+        doctor) options="$folders --api-key --json" ;;
+        list) options="$folders --api-key --all --json" ;;
+        status | explain) options="$folders --api-key --json" ;;
+        pull) options="$folders --api-key --json --path --cancel" ;;
         demo) options='--listen --folder --once --help' ;;
         worker) options='--fd --help' ;;
     esac

@@ -1,0 +1,1 @@
+"""Section 14 FETCH: default configs from the web, signed."""
