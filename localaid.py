@@ -21,13 +21,14 @@ above its own; `grep '^# == ' localaid.py` prints the contents, and each banner 
      4 GGUF       header of a model file -> ModelInfo            13 INDEX       which files are there, their SHAs
      5 API        OpenAI's requests and responses                14 FETCH       default configs from the web, signed
         a VECTORS    embeddings, rerank, tokens                     a PULL      weights from the web, by their SHA
-        b RESPONSES  /v1/responses <-> a chat                    15 SUPERVISOR  queues, loads and ends of workers
-        c ANTHROPIC  /v1/messages <-> a chat                        a ACCESS    API keys, origins, metrics
-        d TOOLS      formats of tool calls and reasoning         16 HTTP        jobs, streams, chats, completions
-     6 PROMPT     messages -> text                                  a ENCODE    embeddings, rerank, token routes
-     7 OUTPUT     token bytes -> text, reasoning, calls             b DIALECTS  /v1/responses and /v1/messages
-     8 BATCH      which tokens go into the next decode              c ROUTES    every address, and /openapi.json
-     9 LIFECYCLE  which model to load, keep or evict             17 DAEMON      reload, systemd, signals
+        b RESPONSES  /v1/responses <-> a chat                       b PUBLISH   a folder of configs becomes a channel
+        c ANTHROPIC  /v1/messages <-> a chat                     15 SUPERVISOR  queues, loads and ends of workers
+        d TOOLS      formats of tool calls and reasoning            a ACCESS    API keys, origins, metrics
+     6 PROMPT     messages -> text                               16 HTTP        jobs, streams, chats, completions
+     7 OUTPUT     token bytes -> text, reasoning, calls             a ENCODE    embeddings, rerank, token routes
+     8 BATCH      which tokens go into the next decode              b DIALECTS  /v1/responses and /v1/messages
+     9 LIFECYCLE  which model to load, keep or evict                c ROUTES    every address, and /openapi.json
+                                                                 17 DAEMON      reload, systemd, signals
                                                                     a VIEWS     status, list ... as tables
                                                                     b DOCTOR    what is wrong here, and what to do
     (5a is a part of what the design has as section 5)           18 CLI         serve, check, explain, list, pull ...
@@ -56,7 +57,7 @@ import contextlib
 import contextvars
 import ctypes
 import dataclasses
-import datetime
+import datetime as dt
 import difflib
 import errno
 import faulthandler
@@ -65,6 +66,7 @@ import fnmatch
 import fractions
 import functools
 import gc
+import getpass
 import grp
 import hashlib
 import heapq
@@ -107,6 +109,7 @@ from collections.abc import (
     Iterator,
     Mapping,
     MutableMapping,
+    MutableSequence,
     Sequence,
 )
 from collections.abc import Set as AbstractSet
@@ -221,8 +224,8 @@ if TYPE_CHECKING:
 #     ChannelNotKept              503 update_failed           ... the state folder does not take it
 #   UpdateBusy                    409 update_busy             section 14: another process updates
 #   NoChannels                    409 no_channels             section 14: the settings name none
-#   KeyFileUnusable               500                         section 14: of who publishes
-#   CannotPublish                 500                         section 14: a folder that is not fit to be a channel
+#   KeyFileUnusable               500                         section 14b: of who publishes
+#   CannotPublish                 500                         section 14b: a folder that is not fit to be a channel
 
 
 @dataclass(eq=False)
@@ -3717,7 +3720,7 @@ INDEX_FORMAT: Final = 1
 INDEX_LIMIT_BYTES: Final = 1024 * 1024
 SIGNATURE_LIMIT_BYTES: Final = 16 * 1024
 CHANNEL_FILES: Final = 2000
-CHANNEL_LIMIT_BYTES: Final = 32 * 1024**2  # of all files
+CHANNEL_LIMIT_BYTES: Final = 8 * 1024**2  # of all files
 TEMPLATE_SUFFIXES: Final = (".jinja", ".jinja2", ".j2", ".tmpl")
 SERIAL_LIMIT: Final = 2**53 - 1  # what every JSON parser keeps exactly
 _PATH_PARTS: Final = 4  # a file's name and the folders above it
@@ -3737,7 +3740,7 @@ class ChannelIndex(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     format: int
     serial: int  # never goes back
-    made_at: datetime.datetime  # told, and no more: clocks may be wrong
+    made_at: dt.datetime  # told, and no more: clocks may be wrong
     files: tuple[IndexedFile, ...]
 
 
@@ -3754,6 +3757,8 @@ def parse_index(document: bytes) -> ChannelIndex:
         index = msgspec.json.decode(document, type=ChannelIndex)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    if index.made_at.tzinfo is None:
+        raise ValueError("its made_at has no time zone")
     if not 0 < index.serial <= SERIAL_LIMIT:
         raise ValueError(f"its serial is {index.serial}, not 1 to 2^53 - 1")
     if len(index.files) > CHANNEL_FILES:
@@ -3784,7 +3789,7 @@ def check_channel_paths(paths: Iterable[str]) -> None:
         *folders, name = path.split("/")
         is_plain = all(_PATH_PART.fullmatch(part) and not is_temporary(part) for part in (*folders, name))
         if len(folders) >= _PATH_PARTS or not is_plain:
-            problem = f"up to {_PATH_PARTS} parts of letters, digits or any of . _ + -, none of them hidden or temporary"
+            problem = f"up to {_PATH_PARTS} parts of letters, digits and . _ + -, none of them hidden or temporary"
             raise ValueError(f"{path[:100]!r} is no name that a channel's file may have ({problem})")
         if not name.endswith((*CONFIG_SUFFIXES, *TEMPLATE_SUFFIXES)):
             suffixes = ", ".join((*CONFIG_SUFFIXES, *TEMPLATE_SUFFIXES))
@@ -3992,7 +3997,7 @@ def _mask(plain: bytes, password: str, salt: bytes, opslimit: int, memlimit: int
         n=count,
         r=8,
         p=parallel,
-        maxmem=2 * _SCRYPT_MEMORY_MOST,
+        maxmem=_SCRYPT_MEMORY_MOST + (1 << 26),
         dklen=len(plain),
     )
     return bytes(one ^ other for one, other in zip(plain, stream, strict=True))
@@ -4032,7 +4037,7 @@ def _encode(raw: bytes) -> bytes:
 # A glob stands for itself: it is resolved as the shortest name that it matches.
 # Always: neither raises; what is told of is in the order of the names.
 
-_SELECTING: Final = frozenset({"names", "shas", "urls", "sources"})  # fields that say who is meant, not how it is served
+_SELECTING: Final = frozenset({"names", "shas", "urls", "sources"})  # say who is meant, not how it is served
 
 
 class FieldChange(msgspec.Struct, frozen=True, kw_only=True):
@@ -9106,6 +9111,11 @@ class _ChatTemplate:
 _load_template: Final = functools.lru_cache(maxsize=64)(_ChatTemplate)
 
 
+def check_template(source: str, label: str) -> None:
+    """Compile a template, and run nothing of it.  Raises `TemplateFailed`."""
+    _ChatTemplate(source, label)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
@@ -11290,18 +11300,20 @@ class TokenBatch:
         """Have room for `size` tokens."""
         int32s, int32_p = ctypes.c_int32 * size, ctypes.POINTER(ctypes.c_int32)
         # A slice of a ctypes array takes a list in half the time that numpy needs for the few tokens of most steps.
-        self._token, self._pos, self._seq_id, self._n_seq_id = int32s(), int32s(), int32s(), int32s(*[1] * size)
-        first = ctypes.addressof(self._seq_id)
-        self._seq_id_at = (ctypes.c_uint64 * size)(*range(first, first + 4 * size, 4))
-        self._output = (ctypes.c_char * size)()
+        token, pos, seq_id, output = int32s(), int32s(), int32s(), (ctypes.c_int8 * size)()
+        first = ctypes.addressof(seq_id)
+        seq_id_at = (ctypes.c_uint64 * size)(*range(first, first + 4 * size, 4))
         self._batch = native.llama.llama_batch(
             n_tokens=0,
-            token=ctypes.cast(self._token, int32_p),
+            token=ctypes.cast(token, int32_p),
             embd=None,
-            pos=ctypes.cast(self._pos, int32_p),
-            n_seq_id=ctypes.cast(self._n_seq_id, int32_p),
-            seq_id=ctypes.cast(self._seq_id_at, ctypes.POINTER(int32_p)),
-            logits=ctypes.cast(self._output, ctypes.POINTER(ctypes.c_int8)),
+            pos=ctypes.cast(pos, int32_p),
+            n_seq_id=ctypes.cast(int32s(*[1] * size), int32_p),
+            seq_id=ctypes.cast(seq_id_at, ctypes.POINTER(int32_p)),
+            logits=ctypes.cast(output, ctypes.POINTER(ctypes.c_int8)),
+        )
+        self._token, self._pos, self._seq_id, self._output = (
+            cast("MutableSequence[int]", each) for each in (token, pos, seq_id, output)
         )
 
     def fill(
@@ -11313,9 +11325,9 @@ class TokenBatch:
         self._pos[:size] = positions
         self._seq_id[:size] = seq_ids
         if isinstance(outputs, slice) or len(outputs) == size:  # as in every step that feeds no prompt
-            self._output[:size] = b"\1" * size
+            self._output[:size] = [1] * size
         else:
-            self._output[:size] = bytes(size)
+            self._output[:size] = [0] * size
             for place in outputs:
                 self._output[place] = 1
         self._batch.n_tokens = size
@@ -13491,6 +13503,7 @@ _UNWATCHED_RESCAN_S: Final = 10.0
 _STEPS_LIMIT: Final = 400  # from folder to folder and link to link: links may go round
 _SAME_FOLDER_LIMIT: Final = 8  # paths, over links, under which one folder is listed
 
+
 class FolderWatch:
     """Watches folders with all below them, through links, whether they exist yet or not.
 
@@ -14541,7 +14554,907 @@ def _find_aliases(relative: str, aliases: Mapping[str, tuple[str, str | None]]) 
 
 # == 14. FETCH: default configs from the web, signed (asyncio) =========================================================
 #
-# Empty yet.
+# `ChannelStore` keeps the sets of one channel on disk; `SetFetch` brings the next one into memory: index, signature,
+# then those files that the last set has not; `Updater` says when, one update at a time in whatever process.
+# The set in force is STATE/channels/NAME-KEYID/current, a link to its folder; the fetched layer has a link to that for
+# each channel, numbered in the settings' order, for within a layer the first file name wins.
+# Always: nothing of an index is believed before its signature holds, nothing of a set is used before all of it was
+# read; a set comes into force by one rename of a link, together with the serial that forbids older ones: whatever
+# ends the process at any moment leaves the old set or the new one.  Clocks are only told of, never trusted.
+
+FETCH_LOG: Final = logging.getLogger("localaid.fetch")
+CHANNELS_FOLDER: Final = "channels"
+LAYER_FOLDER: Final = "default-configs"  # both below the state's
+CURRENT: Final = "current"
+MARK_FILE: Final = "checked.json"
+LOCK_FILE: Final = "update.lock"
+UPDATE_BACKOFF_S: Final = 60.0  # after the first failure; then twice as much ... up to the interval
+UPDATE_SPREAD_S: Final = 30.0  # of the first look after a start, where a set is there: many may start at once
+UPDATE_JITTER: Final = 0.1  # of the interval, more or less
+TEMPLATE_LIMIT_BYTES: Final = 1024 * 1024
+CONFIG_LIMIT_BYTES: Final = 8 * 1024 * 1024
+
+_CallT = TypeVar("_CallT")
+UpdateResult = Literal["unchanged", "updated", "pending", "failed"]
+
+
+class FetchLimits(NamedTuple):
+    """How patient an update is with a server."""
+
+    connect_s: float = 30.0
+    silent_s: float = 30.0  # without a byte
+    patience_s: float = 30.0  # for one file, and then ...
+    rate: float = 1024.0  # ... as much more as it takes at so many bytes a second
+    total_s: float = 240.0  # for one channel
+    redirects: int = 5
+
+
+class ChannelStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A channel on the status page; times are this machine's clock, seconds since the epoch."""
+
+    channel: str
+    url: str
+    state: Literal["waiting", "ok", "failing", "off"]  # waiting: for the first answer
+    serial: int | None  # in force; None: nothing is
+    files: int
+    made_at: float | None  # as the channel says
+    checked_at: float | None  # its server was last asked, and all was well
+    failing_since_at: float | None
+    failures: int  # one after the other
+    next_s: float | None  # until it is asked again
+    problem: str | None = None
+
+
+class ChannelReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What an update did for a channel, or would do."""
+
+    channel: str
+    url: str
+    result: UpdateResult  # pending: only looked
+    serial_before: int | None
+    serial: int | None
+    made_at: dt.datetime | None = None
+    added: tuple[str, ...] = ()  # files
+    changed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    fetched_bytes: int = 0
+    problem: str | None = None
+
+
+class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What POST /localaid/update answers."""
+
+    channels: tuple[ChannelReport, ...]
+
+
+class Preview(NamedTuple):
+    """What the next update would bring."""
+
+    report: UpdateReport
+    configs: dict[str, dict[str, LoadedConfig]]  # folder of a channel -> its config files; of those that change
+
+
+class Diff(msgspec.Struct, frozen=True, kw_only=True):
+    """What GET /localaid/diff answers."""
+
+    hidden: tuple[HiddenRule, ...]  # by the user's configs
+    updates: tuple[ChannelReport, ...]  # what would be fetched
+    changes: tuple[NameChange, ...]  # what that changes for names in use
+
+
+# -- folders (blocking: for threads) --
+
+
+async def in_thread(call: Callable[[], _CallT]) -> _CallT:
+    """Run a blocking call; who is cancelled meanwhile waits for its end: it uses files that must not change then."""
+    running = asyncio.ensure_future(asyncio.to_thread(call))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        running.exception()  # nobody is left to be told
+        raise
+
+
+def load_config(file: str) -> tuple[bytes, dict[str, str]]:
+    """Read one config and the templates that it names, which lie beside it.  Raises `OSError`."""
+    path = Path(file)
+    with path.open("rb") as config:
+        document = config.read(CONFIG_LIMIT_BYTES + 1)
+    templates = {}
+    for name in template_names(document):
+        missing_is_told_by_parsing = contextlib.suppress(FileNotFoundError)
+        with missing_is_told_by_parsing, (path.parent / name).open(encoding="utf-8", errors="replace") as template:
+            templates[name] = template.read(TEMPLATE_LIMIT_BYTES)
+    return document, templates
+
+
+def find_below(folder: Path) -> list[str]:
+    """Return the config files below a folder, through links, each folder once; hidden and temporary ones are not."""
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            status = Path(at).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not is_temporary(name))
+        names = (name for name in files if name.endswith(CONFIG_SUFFIXES) and not is_temporary(name))
+        found += [str(Path(at, name)) for name in names]
+    return sorted(found)
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files of one folder, each of which is complete or as before; they change together.  Raises `OSError`."""
+    drafts = {file: file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in contents}
+    try:
+        for file, content in contents.items():
+            drafts[file].unlink(missing_ok=True)
+            _write_new(drafts[file], content)
+        for file, draft in drafts.items():
+            draft.replace(file)
+    except BaseException:  # whatever it was, no draft stays
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
+        raise
+    for folder in {file.parent for file in contents}:
+        _sync_folder(folder)
+
+
+def _write_new(file: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a file that must not be there yet, and make it last.  Raises `OSError`."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with open(descriptor, "wb") as opened:  # noqa: PTH123 - of a descriptor
+        opened.write(content)
+        opened.flush()
+        os.fsync(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder last.  Raises `OSError`."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def hold_lock(file: Path) -> Iterator[None]:
+    """Keep other processes from updating.  Raises `UpdateBusy`, `OSError`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UpdateBusy(file=str(file)) from None
+        except OSError:  # a file system without locks
+            FETCH_LOG.debug("%s cannot be locked", file)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Mark(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a server's last answer; only saves work, but for the serial."""
+
+    url: str = ""
+    etag: str = ""
+    last_modified: str = ""
+    digest: str = ""  # sha256 of the index
+    serial: int = 0  # the highest that was ever in force
+    checked_at: float = 0.0  # seconds since the epoch
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSet:
+    """A channel's set as it lies on disk."""
+
+    index: ChannelIndex
+    document: bytes  # the index as it was signed
+    contents: dict[str, bytes]  # sha256 -> file, of those that are as the index says
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of it was lost."""
+        return all(file.sha256 in self.contents for file in self.index.files)
+
+
+class ChannelStore:
+    """The sets of one channel in the state folder.  Who writes holds the lock."""
+
+    def __init__(self, state: Path, channel: Channel) -> None:
+        """Keep them below `state`; another key is another channel, which begins anew."""
+        self.folder: Final = state / CHANNELS_FOLDER / f"{channel.name}-{read_public_key(channel.public_key).shown_id}"
+
+    def load(self) -> StoredSet | None:
+        """Return the set in force; None: there is none, or none that can be read."""
+        current = self.folder / CURRENT
+        try:
+            document = (current / INDEX_FILE).read_bytes()
+            index = parse_index(document)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            FETCH_LOG.warning("%s is damaged and will be fetched anew: %s", current, error)
+            return None
+        contents = {}
+        for file in index.files:
+            with contextlib.suppress(OSError):
+                content = (current / file.path).read_bytes()
+                contents[hashlib.sha256(content).hexdigest()] = content
+        return StoredSet(index, document, contents)
+
+    def load_mark(self) -> Mark:
+        """Return what is known of the last answer."""
+        try:
+            return msgspec.json.decode((self.folder / MARK_FILE).read_bytes(), type=Mark)
+        except (OSError, ValueError):  # it only saves work
+            return Mark()
+
+    def save_mark(self, mark: Mark) -> None:
+        """Keep what is known of an answer; where that fails the next update asks for more than it needs."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_files({self.folder / MARK_FILE: msgspec.json.encode(mark)})
+        except OSError as error:
+            FETCH_LOG.warning("%s cannot be written: %s", self.folder / MARK_FILE, error.strerror)
+
+    def put(self, fetched: FetchedSet) -> None:
+        """Put a set in force.  Raises `OSError`; then the old one still is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        token = f"{fetched.index.serial}-{os.urandom(4).hex()}"
+        draft = self.folder / f".new-{token}"
+        try:
+            draft.mkdir()
+            files = {**fetched.files, INDEX_FILE: fetched.document, SIGNATURE_FILE: fetched.signature}
+            for path, content in files.items():
+                (draft / path).parent.mkdir(parents=True, exist_ok=True)
+                _write_new(draft / path, content)
+            for folder in (*(draft / path for path in _folders_of(files)), draft):
+                _sync_folder(folder)
+            link = self.folder / f".link-{token}"
+            link.symlink_to(f"set-{token}")
+            draft.rename(self.folder / f"set-{token}")
+            _sync_folder(self.folder)
+            link.rename(self.folder / CURRENT)
+        except BaseException:  # whatever it was, nothing half stays
+            with contextlib.suppress(OSError):  # what keeps it from being removed is told by what went wrong before
+                self.clean()
+            raise
+        with contextlib.suppress(OSError):  # it is in force in any case
+            _sync_folder(self.folder)
+
+    def clean(self) -> None:
+        """Remove what unfinished updates, and sets of earlier times, have left.  Raises `OSError`."""
+        try:
+            keep = {CURRENT, MARK_FILE, os.readlink(self.folder / CURRENT)}  # noqa: PTH115 - a name is wanted
+        except OSError:  # nothing is in force
+            keep = {MARK_FILE}
+        for entry in os.scandir(self.folder) if self.folder.is_dir() else ():
+            if entry.name in keep:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                Path(entry.path).unlink()
+
+
+def _folders_of(paths: Iterable[str]) -> set[str]:
+    """Return every folder that some paths have above them."""
+    return {str(folder) for path in paths for folder in PurePosixPath(path).parents if str(folder) != "."}
+
+
+def arrange_layer(state: Path, channels: Sequence[Channel]) -> None:
+    """Give the fetched layer the channels' sets, in their order, and no others.  Raises `OSError`."""
+    layer = state / LAYER_FOLDER
+    if not channels and not layer.is_dir():
+        return
+    layer.mkdir(parents=True, exist_ok=True)
+    wanted = {}
+    for place, channel in enumerate(channels):
+        folder = ChannelStore(state, channel).folder
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted[layer_name(place, channel)] = f"../{CHANNELS_FOLDER}/{folder.name}/{CURRENT}"
+    there = {}
+    for entry in os.scandir(layer):
+        if entry.is_symlink() and (target := os.readlink(entry.path)).startswith(f"../{CHANNELS_FOLDER}/"):  # noqa: PTH115 - as above
+            there[entry.name] = target
+    for name in there.keys() - wanted.keys():
+        (layer / name).unlink(missing_ok=True)
+    for name, target in wanted.items():
+        if there.get(name) != target:
+            draft = layer / f".{name}.{os.getpid()}.tmp"
+            draft.unlink(missing_ok=True)
+            draft.symlink_to(target)
+            draft.replace(layer / name)
+
+
+def layer_name(place: int, channel: Channel) -> str:
+    """Return the name of a channel's link in the fetched layer, which orders it among others."""
+    return f"{place + 1:02}-{channel.name}"
+
+
+# -- signatures --
+
+
+def verify_signature(document: bytes, signature: Signature, key: PublicKey) -> None:
+    """Raise ValueError where a signature, or that of its trusted comment, is not the key's of this document."""
+    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415 - only updates need it
+    from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: PLC0415
+
+    if signature.key_id != key.key_id:
+        raise ValueError(f"it is signed with key {signature.key_id[::-1].hex().upper()}, not {key.shown_id}")
+    try:
+        public = ed25519.Ed25519PublicKey.from_public_bytes(key.point)
+        public.verify(signature.signature, digest_signed(document, is_hashed=signature.is_hashed))
+        public.verify(signature.global_signature, signature.signature + signature.comment)
+    except InvalidSignature as error:
+        raise ValueError(f"its signature does not hold for key {key.shown_id}") from error
+
+
+# -- one server --
+
+
+def check_source(url: str, came_from: str, *, allow_http: bool) -> None:
+    """Raise `SourceFailed` where an address, or a redirect to it, is not to be followed."""
+    try:
+        scheme, host = urllib.parse.urlsplit(url).scheme, urllib.parse.urlsplit(url).hostname
+    except ValueError:
+        scheme, host = "", None
+    if scheme == "https" and host:
+        return
+    if came_from and (scheme != "http" or not came_from.startswith("http://")):
+        raise SourceFailed(url=came_from, problem=f"redirects to {url[:200]}, which is not https", is_final=True)
+    if scheme != "http" or not host:
+        raise SourceFailed(url=url[:200], problem="is no https address", is_final=True)
+    if not allow_http:
+        problem = "is not https, and allow_http is false in the settings"
+        raise SourceFailed(url=url, problem=problem, is_final=True)
+
+
+@contextlib.asynccontextmanager
+async def open_source(
+    session: aiohttp.ClientSession,
+    url: str,
+    headers_for: Callable[[str], Mapping[str, str]],
+    *,
+    allow_http: bool,
+    redirects: int,
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Ask a server for a file, with the headers that are for each address; follows redirects.  Raises `SourceFailed`.
+
+    And whatever aiohttp raises.
+    """
+    at, came_from = url, ""
+    for _ in range(redirects + 1):
+        check_source(at, came_from, allow_http=allow_http)
+        async with session.get(at, headers=headers_for(at), allow_redirects=False) as answer:
+            if answer.status not in (301, 302, 303, 307, 308) or "Location" not in answer.headers:
+                yield answer
+                return
+            at, came_from = urllib.parse.urljoin(at, answer.headers["Location"]), at
+    raise SourceFailed(url=url, problem=f"redirects more than {redirects} times", is_final=True)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedSet:
+    """A channel's next set, in memory."""
+
+    index: ChannelIndex
+    document: bytes  # the index as it was signed
+    signature: bytes
+    files: dict[str, bytes]  # path -> content
+    fetched_bytes: int
+
+
+class _Answer(NamedTuple):
+    body: bytes
+    etag: str
+    last_modified: str
+
+
+class SetFetch:
+    """One look for a channel's next set."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        channel: Channel,
+        stored: StoredSet | None,
+        mark: Mark,
+        *,
+        limits: FetchLimits,
+        allow_http: bool,
+    ) -> None:
+        """Compare with `stored`, which is in force, and with `mark`, the server's last answer."""
+        self.mark = mark  # of its present answer, once `run` has ended well
+        self._session, self._channel, self._stored = session, channel, stored
+        self._limits, self._allow_http = limits, allow_http
+        self._fetched_bytes = 0
+
+    async def run(self) -> FetchedSet | None:
+        """Return the next set, every byte of it being what the channel's key has signed; None: nothing is new.
+
+        Raises `UpdateFailed`.
+        """
+        try:
+            async with asyncio.timeout(self._limits.total_s):
+                return await self._fetch()
+        except TimeoutError:
+            problem = f"its update took longer than {self._limits.total_s:g} s"
+            raise ChannelUnreachable(self._channel.name, problem) from None
+
+    async def _fetch(self) -> FetchedSet | None:
+        name, url, stored, mark = self._channel.name, self._channel.url, self._stored, self.mark
+        asked = {}
+        if stored is not None and stored.is_whole and mark.url == url and mark.digest == _digest(stored.document):
+            asked = {"If-None-Match": mark.etag, "If-Modified-Since": mark.last_modified}
+            asked = {header: value for header, value in asked.items() if value}
+        answer = await self._get(INDEX_FILE, INDEX_LIMIT_BYTES, asked)
+        if answer is None:
+            return None
+        document, signature = answer.body, b""
+        is_new = stored is None or document != stored.document
+        if is_new or stored is None or not stored.is_whole:
+            signed = await self._get(SIGNATURE_FILE, SIGNATURE_LIMIT_BYTES)
+            signature = signed.body if signed is not None else b""
+            self._verify(document, signature)
+        try:
+            index = parse_index(document)
+        except ValueError as error:
+            raise ChannelInvalid(name, f"{INDEX_FILE}: {error}") from error
+        if is_new:
+            self._check_serial(index)
+        fetched = None
+        if signature:
+            files = await self._fetch_files(index)
+            fetched = FetchedSet(index, document, signature, files, self._fetched_bytes)
+        self.mark = Mark(
+            url=url,
+            etag=answer.etag,
+            last_modified=answer.last_modified,
+            digest=_digest(document),
+            serial=max(index.serial, mark.serial),
+        )
+        return fetched
+
+    def _verify(self, document: bytes, signature: bytes) -> None:
+        """Raise `SignatureWrong` where the index is not signed by the channel's key."""
+        try:
+            verify_signature(document, parse_signature(signature), read_public_key(self._channel.public_key))
+        except ValueError as error:
+            raise SignatureWrong(self._channel.name, f"{INDEX_FILE}: {error}") from error
+
+    def _check_serial(self, index: ChannelIndex) -> None:
+        """Raise `ChannelDowngraded` where a new index is not newer than what is, or was, in force."""
+        known = max(self._stored.index.serial if self._stored is not None else 0, self.mark.serial)
+        if index.serial < known:
+            raise ChannelDowngraded(self._channel.name, f"its serial is {index.serial}, after {known}")
+        if index.serial == known and self._stored is not None and self._stored.index.serial == known:
+            raise ChannelDowngraded(self._channel.name, f"it has another index under the same serial {known}")
+
+    async def _fetch_files(self, index: ChannelIndex) -> dict[str, bytes]:
+        """Return the files of an index; what the last set has is not fetched again."""
+        contents = dict(self._stored.contents) if self._stored is not None else {}
+        for file in index.files:
+            if file.sha256 in contents:
+                continue
+            answer = await self._get(file.path, file.size)
+            content = answer.body if answer is not None else b""
+            if len(content) != file.size or _digest(content) != file.sha256:
+                problem = f"{file.path}: what its server gives is not what {INDEX_FILE} says"
+                raise SignatureWrong(self._channel.name, f"{problem} ({len(content)} bytes of {file.size})")
+            contents[file.sha256] = content
+        return {file.path: contents[file.sha256] for file in index.files}
+
+    async def _get(self, path: str, limit_bytes: int, asked: Mapping[str, str] | None = None) -> _Answer | None:
+        """Return a file of the channel; None: not changed since what `asked` says.  Raises `UpdateFailed`."""
+        import aiohttp  # noqa: PLC0415 - a worker is sooner ready without it
+
+        name, url, loop = self._channel.name, self._channel.url + path, asyncio.get_running_loop()
+        try:
+            async with (
+                asyncio.timeout(self._limits.patience_s) as deadline,
+                open_source(
+                    self._session,
+                    url,
+                    lambda _: asked or {},
+                    allow_http=self._allow_http,
+                    redirects=self._limits.redirects,
+                ) as answer,
+            ):
+                if answer.status == HTTPStatus.NOT_MODIFIED and asked:
+                    return None
+                self._check_head(answer, path, limit_bytes)
+                body, began_s = bytearray(), loop.time()
+                while chunk := await answer.content.readany():
+                    body += chunk
+                    self._fetched_bytes += len(chunk)
+                    if len(body) > limit_bytes:
+                        raise ChannelTooLarge(name, f"{path} has more than the {limit_bytes} bytes that it may have")
+                    deadline.reschedule(began_s + self._limits.patience_s + len(body) / self._limits.rate)
+                headers = answer.headers
+                return _Answer(bytes(body), headers.get("ETag", ""), headers.get("Last-Modified", ""))
+        except SourceFailed as error:
+            raise ChannelUnreachable(name, str(error), retry_after_s=error.wait_s) from error
+        except TimeoutError as error:
+            raise ChannelUnreachable(name, f"{url} is too slow: {error or 'its time was over'}") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise ChannelUnreachable(name, f"{url}: {str(error) or type(error).__name__}") from error
+
+    def _check_head(self, answer: aiohttp.ClientResponse, path: str, limit_bytes: int) -> None:
+        """Raise `SourceFailed` or `ChannelTooLarge` where the body of an answer need not be read."""
+        url = self._channel.url + path
+        if answer.status != HTTPStatus.OK:
+            retry = answer.headers.get("Retry-After", "").strip()
+            wait_s = float(retry) if re.fullmatch(r"\d{1,9}", retry) else 0.0
+            raise SourceFailed(url=url, problem=f"answers with status {answer.status}", wait_s=wait_s)
+        if answer.headers.get("Content-Encoding", "identity").strip().lower() not in ("", "identity"):
+            raise SourceFailed(url=url, problem="packs the file, though it was asked not to")
+        if (answer.content_length or 0) > limit_bytes:
+            problem = f"{path} has {answer.content_length} bytes, and may have {limit_bytes}"
+            raise ChannelTooLarge(self._channel.name, problem)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def check_set(files: Mapping[str, bytes], folder: str) -> dict[str, LoadedConfig]:
+    """Return the configs of a set, by their path below `folder`, after a strict look at every file.
+
+    Raises `ConfigErrors`.
+    """
+    configs = parse_set(files, folder)
+    problems = []
+    for path, content in files.items():
+        if not path.endswith(CONFIG_SUFFIXES):
+            try:
+                check_template(content.decode(), path)
+            except TemplateFailed as error:
+                problems.append(ConfigProblem(f"{folder}/{path}", "", error.problem))
+    if problems:
+        raise ConfigErrors(tuple(problems))
+    return configs
+
+
+# -- all channels --
+
+
+class _Watched:
+    """What is known of a channel between its updates."""
+
+    def __init__(self, state: Path, channel: Channel, due_s: float) -> None:
+        self.channel: Final = channel
+        self.store: Final = ChannelStore(state, channel)
+        self.due_s = due_s  # on the loop's clock
+        self.failures = 0
+        self.failing_since_at: float | None = None
+        self.problem: str | None = None
+        self.index: ChannelIndex | None = None  # in force
+        self.checked_at: float | None = None
+
+
+class Updater:
+    """Updates the channels of the settings.  Belongs to the event loop."""
+
+    def __init__(
+        self,
+        state: Path,
+        updates: Updates,
+        *,
+        limits: FetchLimits | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Keep all in the folder `state`."""
+        self._state, self._updates = state, updates
+        self._limits = limits or FetchLimits()
+        self._on_change = on_change
+        self._lock = asyncio.Lock()
+        self._wake = asyncio.Event()
+        self._watched = [_Watched(state, channel, 0.0) for channel in updates.channels]
+        self._running: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Update from now on, beside whatever else runs."""
+        self._running = asyncio.create_task(self.run())
+
+    async def stop(self) -> None:
+        """End it; what was begun is as if it had never been."""
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait({self._running})
+
+    @property
+    def layer(self) -> Path:
+        """The folder of the fetched layer."""
+        return self._state / LAYER_FOLDER
+
+    def arrange(self) -> None:
+        """Make the fetched layer what the settings say; what cannot be done is told of."""
+        try:
+            arrange_layer(self._state, self._updates.channels)
+        except OSError as error:
+            FETCH_LOG.error("%s: %s; the default configs of the channels are not used", self.layer, error.strerror)
+
+    def configure(self, updates: Updates) -> None:
+        """Take other settings; channels that are new are asked at once."""
+        now = asyncio.get_running_loop().time()
+        known = {watched.channel: watched for watched in self._watched}
+        if updates != self._updates:
+            self._updates = updates
+            fresh = (known.get(channel) or _Watched(self._state, channel, now) for channel in updates.channels)
+            self._watched = list(fresh)
+            for watched in self._watched:
+                watched.due_s = min(watched.due_s, now + updates.interval_s)
+        self.arrange()
+        self._wake.set()
+
+    def statuses(self) -> tuple[ChannelStatus, ...]:
+        """Return how each channel stands."""
+        return tuple(map(self._status_of, self._watched))
+
+    def render_problems(self) -> Iterator[str]:
+        """Yield in a few words which channels fail."""
+        for watched in self._watched:
+            if watched.failing_since_at is not None:
+                since = time.strftime("%Y-%m-%d %H:%M", time.localtime(watched.failing_since_at))
+                yield f"updates: failing since {since} ({watched.channel.name})"
+
+    def _status_of(self, watched: _Watched) -> ChannelStatus:
+        state: Literal["waiting", "ok", "failing", "off"] = "waiting" if watched.checked_at is None else "ok"
+        if watched.failures:
+            state = "failing"
+        elif not self._updates.enabled:
+            state = "off"
+        index = watched.index
+        left_s = max(0.0, watched.due_s - asyncio.get_running_loop().time())
+        return ChannelStatus(
+            channel=watched.channel.name,
+            url=watched.channel.url,
+            state=state,
+            serial=None if index is None else index.serial,
+            files=0 if index is None else len(index.files),
+            made_at=None if index is None else index.made_at.timestamp(),
+            checked_at=watched.checked_at,
+            failing_since_at=watched.failing_since_at,
+            failures=watched.failures,
+            next_s=round(left_s, 1) if self._updates.enabled else None,
+            problem=watched.problem,
+        )
+
+    async def run(self) -> None:
+        """Update each channel when its time has come, for ever."""
+        loop = asyncio.get_running_loop()
+        await in_thread(self._clean)
+        for watched in self._watched:
+            await self._look(watched)
+            if watched.index is not None:
+                watched.due_s = loop.time() + random.uniform(0, UPDATE_SPREAD_S)  # noqa: S311 - no secret
+        while True:
+            self._wake.clear()
+            due = [watched for watched in self._watched if watched.due_s <= loop.time()]
+            if due and self._updates.enabled:
+                await self._update_due(due)
+                continue
+            next_s = min((watched.due_s for watched in self._watched), default=math.inf)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(next_s if self._updates.enabled and next_s < math.inf else None):
+                    await self._wake.wait()
+
+    def _clean(self) -> None:
+        """Remove what an earlier time has left, unless another process updates just now."""
+        if not self._watched:
+            return
+        with contextlib.suppress(UpdateBusy, OSError), hold_lock(self._state / CHANNELS_FOLDER / LOCK_FILE):
+            for watched in self._watched:
+                watched.store.clean()
+
+    async def _update_due(self, due: Sequence[_Watched]) -> None:
+        """Update some channels; whatever happens, they have a time for the next try."""
+        try:
+            await self._update(due, dry_run=False)
+        except UpdateBusy as error:
+            FETCH_LOG.info("%s", error)
+            for watched in due:
+                watched.due_s = asyncio.get_running_loop().time() + UPDATE_BACKOFF_S
+        except Exception as error:  # noqa: BLE001 - a fault of ours ends this update, and nothing else
+            FETCH_LOG.error("an update failed", exc_info=error)
+            for watched in due:
+                self._note_failure(watched, UpdateFailed(watched.channel.name, f"{type(error).__name__}: {error}"))
+
+    async def update(self, *, dry_run: bool = False) -> UpdateReport:
+        """Update every channel now, or only look.  Raises `NoChannels`, `UpdateBusy`."""
+        if not self._watched:
+            raise NoChannels
+        return (await self._update(self._watched, dry_run=dry_run)).report
+
+    async def preview(self) -> Preview:
+        """Return what an update would bring."""
+        return await self._update(self._watched, dry_run=True)
+
+    async def _update(self, due: Sequence[_Watched], *, dry_run: bool) -> Preview:
+        """Update some channels, one after the other.  Raises `UpdateBusy`."""
+        import aiohttp  # noqa: PLC0415 - a worker is sooner ready without it
+
+        reports, pending = [], {}
+        async with self._lock, contextlib.AsyncExitStack() as stack:
+            if not dry_run:
+                try:
+                    stack.enter_context(hold_lock(self._state / CHANNELS_FOLDER / LOCK_FILE))
+                except OSError as error:
+                    failed = [ChannelNotKept(one.channel.name, f"{error.filename}: {error.strerror}") for one in due]
+                    return Preview(UpdateReport(channels=tuple(map(self._note_failure, due, failed))), {})
+                self.arrange()
+            session = await stack.enter_async_context(
+                aiohttp.ClientSession(
+                    trust_env=True,
+                    auto_decompress=False,
+                    cookie_jar=aiohttp.DummyCookieJar(),
+                    headers={"User-Agent": f"localaid/{__version__}", "Accept-Encoding": "identity"},
+                    timeout=aiohttp.ClientTimeout(
+                        total=None, sock_connect=self._limits.connect_s, sock_read=self._limits.silent_s
+                    ),
+                )
+            )
+            for watched in due:
+                report, configs = await self._update_one(session, watched, dry_run=dry_run)
+                reports.append(report)
+                if configs is not None:
+                    pending[self._folder_of(watched)] = configs
+        return Preview(UpdateReport(channels=tuple(reports)), pending)
+
+    def _folder_of(self, watched: _Watched) -> str:
+        """Return where a channel's set lies in the fetched layer."""
+        place = self._updates.channels.index(watched.channel) if watched.channel in self._updates.channels else 0
+        return str(self.layer / layer_name(place, watched.channel))
+
+    async def _look(self, watched: _Watched) -> tuple[StoredSet | None, Mark]:
+        """Return the set in force and what is known of its server's last answer, and take note of both."""
+        stored, mark = await in_thread(watched.store.load), await in_thread(watched.store.load_mark)
+        watched.index = None if stored is None else stored.index
+        watched.checked_at = watched.checked_at or mark.checked_at or None
+        return stored, mark
+
+    async def _update_one(
+        self, session: aiohttp.ClientSession, watched: _Watched, *, dry_run: bool
+    ) -> tuple[ChannelReport, dict[str, LoadedConfig] | None]:
+        """Update one channel, or only look; a failure is a report, too.  Also returns the new configs, if any."""
+        store, folder = watched.store, self._folder_of(watched)
+        stored = configs = None
+        try:
+            if not dry_run:
+                await self._keep(watched, store.clean)
+            stored, mark = await self._look(watched)
+            fetch = SetFetch(
+                session, watched.channel, stored, mark, limits=self._limits, allow_http=self._updates.allow_http
+            )
+            fetched = await fetch.run()
+            if fetched is not None:
+                try:
+                    configs = await in_thread(functools.partial(check_set, fetched.files, folder))
+                except ConfigErrors as errors:
+                    shown = [str(problem).removeprefix(f"{folder}/") for problem in errors.problems[:_NAMED_AT_MOST]]
+                    more = len(errors.problems) - len(shown)
+                    problem = "; ".join(shown) + (f"; and {more} more" if more else "")
+                    raise ChannelInvalid(watched.channel.name, problem) from errors
+            if not dry_run:
+                if fetched is not None:
+                    await self._keep(watched, functools.partial(store.put, fetched))
+                mark = msgspec.structs.replace(fetch.mark, checked_at=time.time())
+                await in_thread(functools.partial(store.save_mark, mark))
+        except UpdateFailed as error:
+            if dry_run:
+                return self._report(watched, stored, None, "failed", str(error)), None
+            return self._note_failure(watched, error, stored), None
+        if dry_run:
+            return self._report(watched, stored, fetched, "pending" if fetched else "unchanged"), configs
+        return self._note_success(watched, stored, fetched), configs
+
+    async def _keep(self, watched: _Watched, call: Callable[[], None]) -> None:
+        """Run what writes to the state folder.  Raises `ChannelNotKept`."""
+        try:
+            await in_thread(call)
+        except OSError as error:
+            where = error.filename or watched.store.folder
+            raise ChannelNotKept(watched.channel.name, f"{where}: {error.strerror or error}") from error
+
+    def _note_success(self, watched: _Watched, stored: StoredSet | None, fetched: FetchedSet | None) -> ChannelReport:
+        """Take note of an update that went well."""
+        interval_s = self._updates.interval_s
+        watched.due_s = asyncio.get_running_loop().time() + interval_s * random.uniform(  # noqa: S311 - no secret
+            1 - UPDATE_JITTER, 1 + UPDATE_JITTER
+        )
+        if watched.failures:
+            FETCH_LOG.info("channel %s: works again, after %d failures", watched.channel.name, watched.failures)
+        watched.failures, watched.failing_since_at, watched.problem = 0, None, None
+        watched.checked_at = time.time()
+        report = self._report(watched, stored, fetched, "updated" if fetched else "unchanged")
+        if fetched is not None:
+            watched.index = fetched.index
+            FETCH_LOG.info("%s", render_report(report))
+        self._on_change()
+        return report
+
+    def _note_failure(self, watched: _Watched, error: UpdateFailed, stored: StoredSet | None = None) -> ChannelReport:
+        """Take note of a failure; the next try comes the later the more there were."""
+        interval_s = self._updates.interval_s
+        backoff_s = min(interval_s, UPDATE_BACKOFF_S * 2 ** min(watched.failures, 30))
+        wait_s = min(interval_s, error.retry_after_s if isinstance(error, ChannelUnreachable) else 0.0)
+        watched.due_s = asyncio.get_running_loop().time() + max(wait_s, backoff_s * random.uniform(0.5, 1))  # noqa: S311 - no secret
+        level = logging.WARNING if str(error) != watched.problem else logging.DEBUG
+        FETCH_LOG.log(level, "%s", error)
+        if not watched.failures:
+            watched.failing_since_at = time.time()
+        watched.failures += 1
+        watched.problem = str(error)
+        self._on_change()
+        return self._report(watched, stored, None, "failed", watched.problem)
+
+    def _report(
+        self,
+        watched: _Watched,
+        stored: StoredSet | None,
+        fetched: FetchedSet | None,
+        result: UpdateResult,
+        problem: str | None = None,
+    ) -> ChannelReport:
+        """Return what was done for a channel."""
+        old = {file.path: file.sha256 for file in stored.index.files} if stored is not None else {}
+        index = fetched.index if fetched is not None else stored.index if stored is not None else None
+        new = {file.path: file.sha256 for file in index.files} if index is not None else {}
+        return ChannelReport(
+            channel=watched.channel.name,
+            url=watched.channel.url,
+            result=result,
+            serial_before=None if stored is None else stored.index.serial,
+            serial=None if index is None else index.serial,
+            made_at=None if index is None else index.made_at,
+            added=tuple(path for path in new if path not in old),
+            changed=tuple(path for path in new if path in old and old[path] != new[path]),
+            removed=tuple(path for path in old if path not in new),
+            fetched_bytes=0 if fetched is None else fetched.fetched_bytes,
+            problem=problem,
+        )
+
+
+def plan_diff(configs: ConfigSet, auto: Iterable[Rule], table: Table, inventory: Inventory, preview: Preview) -> Diff:
+    """Return what the user's configs hide in `table`, and what an update of its `configs` would change."""
+    after, _ = preview_configs(configs, preview).merge(auto)
+    return Diff(
+        hidden=plan_hidden(table),
+        updates=preview.report.channels,
+        changes=plan_changes(table, after, inventory) if preview.configs else (),
+    )
+
+
+def preview_configs(configs: ConfigSet, preview: Preview) -> ConfigSet:
+    """Return the configs of all layers as an update would leave them."""
+    changes: dict[tuple[Layer, str], LoadedConfig | None] = {}
+    for folder, files in preview.configs.items():
+        changes |= {key: None for key in configs.files if key[0] == "fetched" and key[1].startswith(f"{folder}/")}
+        changes |= {("fetched", file): config for file, config in files.items()}
+    return configs.put_all(changes)
+
+
+def render_report(report: ChannelReport, *, whole: bool = False) -> str:
+    """Return what an update did for a channel, in a line; `whole`: and in a line each file."""
+    if report.problem is not None:
+        return report.problem
+    if report.result == "unchanged":
+        return f"channel {report.channel}: nothing new since serial {report.serial}"
+    verb = "would go" if report.result == "pending" else "went"
+    before = "nothing" if report.serial_before is None else f"serial {report.serial_before}"
+    counts = f"{len(report.added)} files added, {len(report.changed)} changed, {len(report.removed)} removed"
+    made = f", made {report.made_at:%Y-%m-%d %H:%M} UTC" if report.made_at is not None else ""
+    lines = [f"channel {report.channel}: {verb} from {before} to serial {report.serial}{made}: {counts}"]
+    for mark, paths in (("+", report.added), ("~", report.changed), ("-", report.removed)) if whole else ():
+        lines += [f"  {mark} {path}" for path in paths]
+    return "\n".join(lines)
 
 
 # == 14a. PULL: weights from the web, by their SHA (asyncio) ===========================================================
@@ -14581,7 +15494,6 @@ _TRY_AGAIN: Final = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatu
 _RENAME_NOREPLACE: Final = 1  # renameat2(2)
 _AT_FDCWD: Final = -100
 
-_CallT = TypeVar("_CallT")
 PullState = Literal["waiting", "checking", "running", "done", "failed", "cancelled"]
 ACTIVE_PULLS: Final = frozenset({"waiting", "checking", "running"})
 
@@ -14795,35 +15707,7 @@ def land_file(part: Path, names: Iterable[str]) -> Path:
     raise FileExistsError(errno.EEXIST, "every name is taken", str(part))
 
 
-async def _in_thread(call: Callable[[], _CallT]) -> _CallT:
-    """Run a blocking call; who is cancelled meanwhile waits for its end: it uses a file that will be closed."""
-    running = asyncio.ensure_future(asyncio.to_thread(call))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait({running})
-        running.exception()  # nobody is left to be told
-        raise
-
-
 # -- one mirror --
-
-
-def check_source(url: str, came_from: str, *, allow_http: bool) -> None:
-    """Raise `SourceFailed` where an address, or a redirect to it, is not to be followed."""
-    try:
-        scheme, host = urllib.parse.urlsplit(url).scheme, urllib.parse.urlsplit(url).hostname
-    except ValueError:
-        scheme, host = "", None
-    if scheme == "https" and host:
-        return
-    if came_from and (scheme != "http" or not came_from.startswith("http://")):
-        raise SourceFailed(url=came_from, problem=f"redirects to {url[:200]}, which is not https", is_final=True)
-    if scheme != "http" or not host:
-        raise SourceFailed(url=url[:200], problem="is no https address", is_final=True)
-    if not allow_http:
-        problem = "is not https, and allow_http is false in the settings"
-        raise SourceFailed(url=url, problem=problem, is_final=True)
 
 
 def token_headers(url: str, environ: Mapping[str, str]) -> dict[str, str]:
@@ -14834,7 +15718,7 @@ def token_headers(url: str, environ: Mapping[str, str]) -> dict[str, str]:
     return {}
 
 
-class _Answer(NamedTuple):
+class _PartHead(NamedTuple):
     """What the head of a mirror's answer says of what follows."""
 
     start: int  # of its first byte in the file
@@ -14843,7 +15727,7 @@ class _Answer(NamedTuple):
     last_modified: str
 
 
-def read_answer_head(url: str, status: int, headers: Mapping[str, str], start: int) -> _Answer:
+def read_answer_head(url: str, status: int, headers: Mapping[str, str], start: int) -> _PartHead:
     """Return what a mirror gives, asked for the file from byte `start`: nothing where `total` is not more than that.
 
     Raises `SourceFailed`.
@@ -14856,11 +15740,11 @@ def read_answer_head(url: str, status: int, headers: Mapping[str, str], start: i
     match status:
         case HTTPStatus.OK:
             length = headers.get("Content-Length", "")
-            return _Answer(0, int(length) if length.isdecimal() else None, etag, modified)
+            return _PartHead(0, int(length) if length.isdecimal() else None, etag, modified)
         case HTTPStatus.PARTIAL_CONTENT if start and span and span[1] and int(span[1]) == start:
-            return _Answer(start, total, etag, modified)
+            return _PartHead(start, total, etag, modified)
         case HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE if start and total is not None and total <= start:
-            return _Answer(start, total, etag, modified)
+            return _PartHead(start, total, etag, modified)
     retry = headers.get("Retry-After", "").strip()
     wait_s = min(float(retry), PULL_BACKOFF_LIMIT_S) if retry.isdecimal() else 0.0
     is_final = 400 <= status < 500 and status not in (*_TRY_AGAIN, 416)  # noqa: PLR2004 (HTTP's client errors)
@@ -14973,7 +15857,7 @@ class Download:
         if state == "failed":
             PULL_LOG.error("%s (%s) cannot be downloaded: %s", self.file, self.sha, problem)
         if not self._is_foreign:
-            await _in_thread(functools.partial(self._puller.save, msgspec.structs.replace(record)))
+            await in_thread(functools.partial(self._puller.save, msgspec.structs.replace(record)))
         if state not in ACTIVE_PULLS:
             self.ended_at = asyncio.get_running_loop().time()
             self.ended.set()
@@ -14987,7 +15871,7 @@ class Download:
             return False
         algorithm, _, digest = self.sha.partition(":")
         hashing = functools.partial(hash_file, str(place), (algorithm,), self._puller.check_stopping)
-        if (await _in_thread(hashing))[algorithm] != digest:
+        if (await in_thread(hashing))[algorithm] != digest:
             return False
         self.file = str(place)
         return True
@@ -15001,7 +15885,7 @@ class Download:
         await self._note("checking")
         await self._open(path)
         part = cast("PartFile", self._part)  # opened above
-        while await _in_thread(part.check_more):
+        while await in_thread(part.check_more):
             self._received = part.size
         self._received = part.size
         if part.size:
@@ -15014,7 +15898,7 @@ class Download:
         shas = (self.sha, *self.record.weights.also)
         algorithms = {"sha256", *(sha.partition(":")[0] for sha in shas)}
         try:
-            self._part = await _in_thread(functools.partial(PartFile, path, algorithms))
+            self._part = await in_thread(functools.partial(PartFile, path, algorithms))
         except BlockingIOError:
             self._is_foreign = True
             problem = "another localaid is downloading it; wait for that"
@@ -15082,7 +15966,7 @@ class Download:
             if part.size == record.total:
                 return
             if url != record.url and not self._may_mix:
-                await _in_thread(part.restart)
+                await in_thread(part.restart)
                 self._take_restart()
         start = part.size if part is not None else 0
         try:
@@ -15097,7 +15981,7 @@ class Download:
         except (aiohttp.ClientError, ConnectionError, TimeoutError, ValueError) as error:
             raise SourceFailed(url=url, problem=f"broke off: {_describe(error)}") from error
 
-    async def _fit(self, part: PartFile, url: str, head: _Answer) -> None:
+    async def _fit(self, part: PartFile, url: str, head: _PartHead) -> None:
         """See that an answer goes on with a part; if it cannot, the part begins anew.  Raises `SourceFailed`."""
         total = self.record.total
         is_shorter = head.total is not None and head.total < part.size
@@ -15108,7 +15992,7 @@ class Download:
         if url != self.record.url and self.record.url in self._mirrors and self._rounds < PULL_PATIENT_ROUNDS:
             raise SourceFailed(url=url, problem=f"{problem}, and {self.record.url} may yet")  # its bytes are worth it
         PULL_LOG.info("%s: begins anew at %d bytes: %s %s", self.file, part.size, _without_user(url), problem)
-        await _in_thread(part.restart)
+        await in_thread(part.restart)
         self._take_restart()
         if is_other:
             raise SourceFailed(url=url, problem=problem)
@@ -15122,18 +16006,16 @@ class Download:
             validator = "" if self.record.etag.startswith("W/") else self.record.etag
             if url == self.record.url and (validator or self.record.last_modified):
                 headers["If-Range"] = validator or self.record.last_modified
-        at, came_from = url, ""
-        for _ in range(PULL_REDIRECTS + 1):
-            check_source(at, came_from, allow_http=self._puller.allow_http)
-            shown = {**headers, **token_headers(at, os.environ)}
-            async with session.get(at, headers=shown, allow_redirects=False) as answer:
-                if answer.status not in (301, 302, 303, 307, 308) or "Location" not in answer.headers:
-                    yield answer
-                    return
-                at, came_from = urllib.parse.urljoin(at, answer.headers["Location"]), at
-        raise SourceFailed(url=url, problem=f"redirects more than {PULL_REDIRECTS} times", is_final=True)
+        async with open_source(
+            session,
+            url,
+            lambda at: {**headers, **token_headers(at, os.environ)},
+            allow_http=self._puller.allow_http,
+            redirects=PULL_REDIRECTS,
+        ) as answer:
+            yield answer
 
-    async def _make_ready(self, url: str, head: _Answer) -> None:
+    async def _make_ready(self, url: str, head: _PartHead) -> None:
         """See that there is room and a part; remember whose bytes come.  Raises `NoRoom`, `NoModelsFolder`."""
         record = self.record
         record.total = head.total if head.total is not None or head.start == 0 else record.total
@@ -15151,7 +16033,7 @@ class Download:
         problems, no_room = [], None
         for folder in self._puller.folders:
             try:
-                await _in_thread(functools.partial(folder.mkdir, parents=True, exist_ok=True))
+                await in_thread(functools.partial(folder.mkdir, parents=True, exist_ok=True))
                 self._check_room(folder, needed_bytes)
                 await self._open(folder / _part_name(self.sha))
             except NoRoom as error:
@@ -15200,22 +16082,22 @@ class Download:
     async def _land(self, url: str) -> None:
         """Give the file its name where a SHA of its rule holds.  Raises `WeightsMismatch`, `OSError`."""
         part, weights, index = cast("PartFile", self._part), self.record.weights, self._puller.index
-        digests, status = await _in_thread(part.finish)
+        digests, status = await in_thread(part.finish)
         found = [f"{name}:{digest}" for name, digest in digests.items()]
         held = next((sha for sha in (weights.sha, *weights.also) if sha in found), None)
         if held is None:
             algorithm = weights.sha.partition(":")[0]
             digest, name = digests[algorithm], self.file
             names = [f"{name}.mismatch-{digest[:8]}", f"{name}.mismatch-{digest[:64]}"]
-            kept = await _in_thread(functools.partial(_set_aside, part.path, names))
+            kept = await in_thread(functools.partial(_set_aside, part.path, names))
             raise WeightsMismatch(url=url, wanted=weights.sha, found=f"{algorithm}:{digest}", kept=str(kept))
         present = index.inventory.find(held)
         if present:  # it came another way meanwhile
-            await _in_thread(part.path.unlink)
+            await in_thread(part.path.unlink)
             self.file = present[0].path
             return
         index.remember(status, digests)
-        self.file = str(await _in_thread(functools.partial(land_file, part.path, self._names(digests["sha256"]))))
+        self.file = str(await in_thread(functools.partial(land_file, part.path, self._names(digests["sha256"]))))
         PULL_LOG.info("%s: downloaded, %s holds", self.file, held)
         split = parse_split_name(PurePosixPath(self.file).name)
         if split is not None and split.number > 1:
@@ -15461,6 +16343,145 @@ class Puller:
             except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
                 PULL_LOG.warning("%s cannot be read and is passed over: %s", file, error)
         return records
+
+
+# == 14b. PUBLISH: a folder of configs becomes a channel ===============================================================
+#
+# `publish` looks at the configs as strictly as those who fetch them will, lists them in an index, signs it and writes
+# both beside them, or all of it into a web folder.  `make_key_pair` makes the key, as minisign does.
+# Who fetches between those two finds a signature that does not hold, and comes again.
+# Always: a serial is higher than the one before; nothing is written before everything is known to be right; a secret
+# key is its owner's alone, and never overwritten.
+
+
+def sign(document: bytes, key: SecretKey, comment: str) -> Signature:
+    """Return the signature of a document, and of a comment of one line."""
+    from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: PLC0415 - only who publishes needs it
+
+    private = ed25519.Ed25519PrivateKey.from_private_bytes(key.seed)
+    signed = private.sign(digest_signed(document, is_hashed=True))
+    return Signature(True, key.public.key_id, signed, comment.encode(), private.sign(signed + comment.encode()))  # noqa: FBT003 (is_hashed)
+
+
+def public_of(key_id: bytes, seed: bytes) -> PublicKey:
+    """Return the public key of a seed."""
+    from cryptography.hazmat.primitives.asymmetric import ed25519  # noqa: PLC0415 - as above
+
+    return PublicKey(key_id, ed25519.Ed25519PrivateKey.from_private_bytes(seed).public_key().public_bytes_raw())
+
+
+def load_secret_key(file: Path, ask_password: Callable[[], str]) -> SecretKey:
+    """Read a minisign secret key; where it is encrypted the password is asked for.  Raises `KeyFileUnusable`."""
+    try:
+        sealed = parse_secret_key(file.read_bytes())
+        key = open_secret_key(sealed, ask_password() if sealed.is_encrypted else "")
+    except OSError as error:
+        raise KeyFileUnusable(str(file), error.strerror or str(error)) from error
+    except ValueError as error:
+        raise KeyFileUnusable(str(file), str(error)) from error
+    if public_of(key.public.key_id, key.seed) != key.public:
+        raise KeyFileUnusable(str(file), "this secret key is damaged")
+    return key
+
+
+def make_key_pair(file: Path, password: str) -> PublicKey:
+    """Write a new secret key to `file`, for its owner alone, and its public key beside it; neither may be there yet.
+
+    Raises `KeyFileUnusable`.
+    """
+    key_id, seed = os.urandom(8), os.urandom(32)
+    key = SecretKey(public=public_of(key_id, seed), seed=seed)
+    public = file.with_name(f"{file.name}.pub")
+    if public.exists():
+        raise KeyFileUnusable(str(public), "is there already; it is not overwritten")
+    try:
+        _write_new(file, render_secret_key(key, password, os.urandom(32)), 0o600)
+        _write_new(public, render_public_key(key.public))
+        _sync_folder(file.parent)
+    except OSError as error:
+        problem = "is there already; it is not overwritten" if error.errno == errno.EEXIST else error.strerror
+        raise KeyFileUnusable(str(error.filename or file), problem or str(error)) from error
+    return key.public
+
+
+def load_channel_files(folder: Path) -> dict[str, bytes]:
+    """Return the configs below a folder and the templates that they name.  Raises `CannotPublish`, `ConfigErrors`."""
+    files: dict[str, bytes] = {}
+    try:
+        for config in map(Path, find_below(folder)):
+            files[config.relative_to(folder).as_posix()] = document = _read_limited(config)
+            for name in template_names(document):
+                template = config.with_name(name)
+                if template.exists():  # else parsing tells of it
+                    files[template.relative_to(folder).as_posix()] = _read_limited(template)
+        check_channel_paths(files)
+    except OSError as error:
+        raise CannotPublish(str(folder), f"{error.filename}: {error.strerror}") from error
+    except ValueError as error:
+        raise CannotPublish(str(folder), str(error)) from error
+    if not files:
+        raise CannotPublish(str(folder), "there is no config in it, no *.yaml or *.yml")
+    return files
+
+
+def _read_limited(file: Path) -> bytes:
+    """Return a file.  Raises ValueError where it is longer than a channel's may be, and `OSError`."""
+    with file.open("rb") as opened:
+        content = opened.read(DOCUMENT_LIMIT_BYTES + 1)
+    if len(content) > DOCUMENT_LIMIT_BYTES:
+        raise ValueError(f"{file} has more than {DOCUMENT_LIMIT_BYTES} bytes")
+    return content
+
+
+def publish(
+    folder: Path, key: SecretKey, *, out: Path | None = None, made_at: dt.datetime, serial: int | None = None
+) -> ChannelIndex:
+    """Make a channel of the configs in `folder`, there or in the folder `out`; return its index.
+
+    The serial is one more than that of the index which is there, or `serial`, which must be more, too.
+    Raises `ConfigErrors` with all that is wrong in the configs, `CannotPublish`.
+    """
+    out = out or folder
+    files = load_channel_files(folder)
+    check_set(files, str(folder))
+    before = _load_published(out)
+    if serial is not None and before is not None and serial <= before.serial:
+        raise CannotPublish(str(out), f"its serial is {before.serial} already; --serial must be more")
+    listed = (
+        IndexedFile(path=path, size=len(content), sha256=_digest(content)) for path, content in sorted(files.items())
+    )
+    number = serial or (before.serial if before is not None else 0) + 1
+    index = ChannelIndex(format=INDEX_FORMAT, serial=number, made_at=made_at, files=tuple(listed))
+    document = render_index(index)
+    try:
+        parse_index(document)  # as every client will
+        signature = sign(document, key, f"timestamp:{int(made_at.timestamp())}\tfile:{INDEX_FILE}\tserial:{number}")
+        verify_signature(document, signature, key.public)
+        for path, content in files.items() if out.resolve() != folder.resolve() else ():
+            (out / path).parent.mkdir(parents=True, exist_ok=True)
+            write_files({out / path: content})
+        out.mkdir(parents=True, exist_ok=True)
+        write_files({out / SIGNATURE_FILE: render_signature(signature), out / INDEX_FILE: document})
+        for file in before.files if before is not None and out.resolve() != folder.resolve() else ():
+            if file.path not in files:
+                (out / file.path).unlink(missing_ok=True)
+    except ValueError as error:
+        raise CannotPublish(str(folder), str(error)) from error
+    except OSError as error:
+        raise CannotPublish(str(out), f"{error.filename}: {error.strerror}") from error
+    return index
+
+
+def _load_published(out: Path) -> ChannelIndex | None:
+    """Return the index that a folder was published with before.  Raises `CannotPublish`."""
+    file = out / INDEX_FILE
+    try:
+        return parse_index(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        problem = f"{file} cannot be read ({error}); restore it, or remove it and give a higher --serial than it had"
+        raise CannotPublish(str(out), problem) from error
 
 
 # == 15. SUPERVISOR: one owner for each worker: queue, load, drain, restart ============================================
@@ -16734,6 +17755,7 @@ class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
     integrity: dict[IntegrityState, int] = {}  # of the models' contents: how many
     mismatches: dict[str, str] = {}  # file -> both SHAs, and what to do
     downloads: tuple[DownloadStatus, ...] = ()  # of weights, in the order in which they were asked for
+    updates: tuple[ChannelStatus, ...] = ()  # of default configs, in the channels' order
 
 
 class State(Protocol):
@@ -16745,6 +17767,7 @@ class State(Protocol):
     supervisor: Supervisor
     responses: ResponseStore  # that clients may still name
     puller: Puller  # downloads of weights
+    updater: Updater  # of default configs
     is_ready: bool  # whether the folders have been read
     is_draining: bool  # whether localaid stops, and takes no more requests
     control_addresses: frozenset[str]  # of unix sockets for members of the service's group: they need no key there
@@ -16769,6 +17792,9 @@ class State(Protocol):
 
     def status(self) -> DaemonStatus:
         """Return what `localaid status` shows."""
+
+    async def diff(self) -> Diff:
+        """Return what `localaid diff` shows."""
 
 
 # -- middlewares --
@@ -17439,7 +18465,7 @@ async def answer_rerank(state: State, http: web.Request, request: RerankRequest)
 async def handle_tokenize(state: State, http: web.Request) -> web.StreamResponse:
     """POST /tokenize."""
     request = parse_tokenize_request(await read_body(state, http))
-    parts = request.content if isinstance(request.content, list) else [request.content]
+    parts: list[str | int] = request.content if isinstance(request.content, list) else [request.content]
     task = Tokenize(id=0, parts=parts, add_special=request.add_special, parse_special=request.parse_special)
     found = await find_any(state, http, request.model or find_only_name(state, http))
     done = await run_task(state, http, found, task, Tokenized)
@@ -17958,6 +18984,16 @@ async def handle_list(state: State, http: web.Request) -> web.Response:
     return json_response(plan_catalog(state.table, state.inventory, listings_for(state, http), states, layers))
 
 
+async def handle_update(state: State, http: web.Request) -> web.Response:
+    """POST /localaid/update: fetch the default configs of every channel now; with dry_run=true, only look."""
+    return json_response(await state.updater.update(dry_run=http.query.get("dry_run", "") in ("1", "true")))
+
+
+async def handle_diff(state: State, _: web.Request) -> web.Response:
+    """GET /localaid/diff: what the user's configs hide, and what an update would change."""
+    return json_response(await state.diff())
+
+
 async def handle_status(state: State, _: web.Request) -> web.Response:
     """GET /localaid/status: models, rules, workers, problems."""
     return json_response(state.status())
@@ -18023,6 +19059,13 @@ class StatusCollector:
         by_state: dict[tuple[str, ...], float] = {(name,): pulls[name] for name in get_args(PullState)}
         yield gauge("downloads", "Downloads of weights", by_state, "state")
         yield gauge("download_bytes", "Bytes of each that are there", come, "file")
+        updates = {(one.channel,): one for one in status.updates}
+        serials: dict[tuple[str, ...], float] = {name: one.serial or 0 for name, one in updates.items()}
+        failures: dict[tuple[str, ...], float] = {name: one.failures for name, one in updates.items()}
+        checked: dict[tuple[str, ...], float] = {name: one.checked_at or 0.0 for name, one in updates.items()}
+        yield gauge("update_serial", "Serial of a channel's configs in force; 0: none", serials, "channel")
+        yield gauge("update_failures", "Updates that failed, one after the other", failures, "channel")
+        yield gauge("update_success_timestamp_seconds", "When one went well; 0: never yet", checked, "channel")
 
 
 async def handle_metrics(_: State, http: web.Request) -> web.Response:
@@ -18177,6 +19220,16 @@ ROUTES: Final = (
         query=("name!",),
         access="control",
     ),
+    Route(
+        "POST",
+        "/localaid/update",
+        handle_update,
+        "Fetch default configs",
+        answer=UpdateReport,
+        query=("dry_run",),
+        access="control",
+    ),
+    Route("GET", "/localaid/diff", handle_diff, "What is hidden, what would change", answer=Diff, access="control"),
     Route("GET", "/localaid/status", handle_status, "The daemon at a glance", answer=DaemonStatus, access="control"),
     Route(
         "GET", "/localaid/list", handle_list, "Names, rules and files", answer=Catalog, query=("all",), access="list"
@@ -18219,8 +19272,6 @@ async def add_headers(state: State, http: web.Request, response: web.StreamRespo
 # What is broken keeps its last good version, and is told of in the log, STATUS= and /localaid/status.
 
 SHARED_DATA: Final = Path("share", "localaid", "default-configs")  # below sys.prefix, as wheels install it
-TEMPLATE_LIMIT_BYTES: Final = 1024 * 1024
-CONFIG_LIMIT_BYTES: Final = 8 * 1024 * 1024
 KEY_EVENTS: Final = (  # in the folder of a file with API keys: written, replaced, gone, its mode
     inotify_simple.flags.CLOSE_WRITE
     | inotify_simple.flags.MOVED_TO
@@ -18260,7 +19311,7 @@ class Folders:
     @property
     def fetched(self) -> Path:
         """The fetched layer."""
-        return self.state / "default-configs"
+        return self.state / LAYER_FOLDER
 
     def layer_of(self, file: str) -> Layer:
         """Return the layer of a config file."""
@@ -18419,19 +19470,6 @@ def load_memory_bytes() -> int:
     return max(0, min(limits))
 
 
-def load_config(file: str) -> tuple[bytes, dict[str, str]]:
-    """Read one config and the templates that it names, which lie beside it.  Raises `OSError`."""
-    path = Path(file)
-    with path.open("rb", buffering=0) as config:  # what is read is what is allocated: no limit's worth for each file
-        document = config.read(min(os.fstat(config.fileno()).st_size, CONFIG_LIMIT_BYTES) + 1)
-    templates = {}
-    for name in template_names(document):
-        missing_is_told_by_parsing = contextlib.suppress(FileNotFoundError)
-        with missing_is_told_by_parsing, (path.parent / name).open(encoding="utf-8", errors="replace") as template:
-            templates[name] = template.read(TEMPLATE_LIMIT_BYTES)
-    return document, templates
-
-
 def wants_sha1(table: Table) -> bool:
     """Return whether some rule names a model by its sha1."""
     return any(sha.startswith("sha1:") for rule in table.rules for sha in rule.shas)
@@ -18517,6 +19555,7 @@ class Daemon:
             allow_http=settings.allow_http,
             on_change=self._tell_soon,
         )
+        self.updater = Updater(folders.state, settings.updates, on_change=self._tell_soon)
         self.is_draining = False
         self.control_addresses: frozenset[str] = frozenset()
         self._passed = passed or Passed()
@@ -18634,7 +19673,14 @@ class Daemon:
             integrity=dict(collections.Counter(contents.values())),
             mismatches={path: one.problem for path, one in integrity.items() if one.problem is not None},
             downloads=self.puller.statuses(),
+            updates=self.updater.statuses(),
         )
+
+    async def diff(self) -> Diff:
+        """Return what `localaid diff` shows."""
+        preview = await self.updater.preview()
+        configs, auto, table, inventory = self._layers.set, self._auto, self.table, self.inventory
+        return await asyncio.to_thread(plan_diff, configs, auto, table, inventory, preview)
 
     def _render_state(self) -> str:
         """Say in one line what happens now."""
@@ -18656,6 +19702,7 @@ class Daemon:
             percent_loaded = f" {worker.progress:.0%}" if worker.state == "loading" else ""
             name = names.get(worker.sha256, worker.file).removesuffix(".gguf")
             parts.append(f"{name} {worker.state}{percent_loaded}")
+        parts += self.updater.render_problems()
         parts.append(f"{sum(w.running for w in workers)} running, {sum(w.waiting for w in workers)} waiting")
         parts += [f"cannot use {problem.folder}" for problem in self._folder_problems]
         if self._settings_problems:
@@ -18870,6 +19917,7 @@ class Daemon:
         for folder in (self.folders.configs, self.folders.state):
             _make_folder(folder)
         self._check_folders()
+        self.updater.arrange()
         _warn_of_prompts(self.settings)
         app = make_app(self)
         app.on_response_prepare.append(self._note_answer)
@@ -18893,8 +19941,9 @@ class Daemon:
             self._take_inventory(self.inventory)
             await self.puller.start(goes_on=self.settings.pull != "off")
             await self._start_listening(runner)
+            self.updater.start()
             self.is_ready = True
-            gc.freeze()  # what is there now stays; collections need not look at it again
+            _settle_memory()
             log_always(DAEMON_LOG, f"ready on {', '.join(self._listening)}")
             self._notify("READY=1")
             self._tell_status()
@@ -18970,6 +20019,7 @@ class Daemon:
         limit_s = self.settings.drain_s
         self._notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int((limit_s + END_S) * 1e6)}")
         self._tell_status()
+        await self.updater.stop()
         await self.puller.stop()
         for passed in self._passed.http:
             asyncio.get_running_loop().remove_reader(passed)  # accept no more; a server that is closed at once ...
@@ -19023,6 +20073,7 @@ SETTINGS_STEPS: Final[Mapping[str, Callable[[Daemon, Settings], None]]] = {  # w
     "stall_s": lambda daemon, new: setattr(daemon.supervisor, "stall_s", new.stall_s),
     "downloads": lambda daemon, new: daemon.puller.resize(new.downloads),
     "allow_http": lambda daemon, new: setattr(daemon.puller, "allow_http", new.allow_http),
+    "updates": lambda daemon, new: daemon.updater.configure(new.updates),
     "log_level": lambda _, new: logging.getLogger().setLevel(new.log_level.upper()),
     "log_format": lambda daemon, new: start_logging(new.log_level, daemon.log_format or new.log_format, os.environ),
     "log_prompts": lambda _, new: _warn_of_prompts(new),
@@ -19042,6 +20093,14 @@ def _warn_of_prompts(settings: Settings) -> None:
     """Say so while prompts and answers go to the log."""
     if settings.log_prompts:
         DAEMON_LOG.warning("prompts and answers are logged (log_prompts: true): who can read this log can read them")
+
+
+def _settle_memory() -> None:
+    """Give back what the start has needed and nobody needs any more; what is there now, collections leave alone."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # a C library that does it by itself
+        ctypes.CDLL(None).malloc_trim(0)
+    gc.freeze()
 
 
 async def _wait_first(wait: Coroutine[object, object, object], task: asyncio.Task[None]) -> None:
@@ -19217,15 +20276,8 @@ _STYLES: Final[Mapping[str, str]] = {  # of cells that begin with this word
 }
 
 
-def clean(text: str) -> str:
-    r"""Return a stranger's text for a terminal: what is no printable character as \xNN."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
-
-
 def _lines(texts: Iterable[str]) -> str:
-    return "\n".join(map(clean, texts))
+    return "\n".join(map(printable, texts))
 
 
 def about_size(size_bytes: float) -> str:
@@ -19255,7 +20307,7 @@ def plan_status_views(status: DaemonStatus) -> list[View]:
     counts = [f"{count} {state}" for state, count in sorted(status.integrity.items())]
     memory = status.memory
     daemon = [
-        ("daemon", clean(f"localaid {status.version}: {status.state}")),
+        ("daemon", printable(f"localaid {status.version}: {status.state}")),
         ("up for", about_time(status.uptime_s)),
         ("listens on", _lines((*status.listen, *(f"unix:{path} (no key needed)" for path in status.control)))),
         ("models", ", ".join(counts) or "none"),
@@ -19271,34 +20323,34 @@ def plan_status_views(status: DaemonStatus) -> list[View]:
         View("Workers", workers, list(map(_worker_row, memory.workers))),
         View("Downloads", downloads, list(map(_download_row, status.downloads))),
         _plan_struct_view("Updates", getattr(status, "updates", ())),
-        View("Problems", ("FILE", "PROBLEM"), [(clean(file), clean(why)) for file, why in problems]),
+        View("Problems", ("FILE", "PROBLEM"), [(printable(file), printable(why)) for file, why in problems]),
     ]
 
 
 def _worker_row(worker: WorkerStatus) -> tuple[str, ...]:
     return (
         str(worker.pid or "-"),
-        clean(worker.file),
+        printable(worker.file),
         f"{worker.state} {worker.progress:.0%}" if worker.state == "loading" else worker.state,
         about_size(worker.rss_bytes),
         str(worker.running),
         str(worker.waiting),
         f"{worker.deltas / worker.step_s:.1f}" if worker.deltas and worker.step_s else "-",
         "-" if worker.idle_s is None else about_time(worker.idle_s),
-        clean(worker.last_error or "-"),
+        printable(worker.last_error or "-"),
     )
 
 
 def _download_row(download: DownloadStatus) -> tuple[str, ...]:
     share = f" ({download.bytes / download.total:.0%} of {about_size(download.total)})" if download.total else ""
     return (
-        clean(download.name),
+        printable(download.name),
         download.state,
         about_size(download.bytes) + share,
         f"{about_size(download.rate)}/s" if download.rate else "-",
         "-" if download.eta_s is None else about_time(download.eta_s),
-        clean(download.url),
-        clean(download.problem or "-"),
+        printable(download.url),
+        printable(download.problem or "-"),
     )
 
 
@@ -19322,7 +20374,7 @@ def _cell_of(name: str, value: object) -> str:
             return about_time(value)
         case list() | tuple():
             return _lines(map(str, value))
-    return clean(str(value))
+    return printable(str(value))
 
 
 def _split_problem(problem: str) -> tuple[str, str]:
@@ -19342,7 +20394,7 @@ def plan_list_views(catalog: Catalog, *, whole: bool) -> list[View]:
     missing = [
         (
             _lines(one.names),
-            clean(f"{one.rule} ({one.layer}: {PurePosixPath(one.config).name})"),
+            printable(f"{one.rule} ({one.layer}: {PurePosixPath(one.config).name})"),
             _lines(map(_short_sha, one.shas)),
             _lines((*one.urls, one.fix)),
         )
@@ -19360,10 +20412,10 @@ def _name_row(name: CatalogName, file: CatalogFile | None) -> tuple[str, ...]:
     source = PurePosixPath(name.config).name
     state = name.state if file is None else _state_of(file)
     return (
-        clean(name.name),
+        printable(name.name),
         " ".join(path.removeprefix("/v1/").removesuffix("/completions") for path in name.paths),
-        clean(f"{name.rule} ({name.layer}: {source})"),
-        clean(file.relative if file else name.file),
+        printable(f"{name.rule} ({name.layer}: {source})"),
+        printable(file.relative if file else name.file),
         _short_sha(name.sha256 or "-"),
         about_size(file.size_bytes) if file else "-",
         _type_of(file) if file else "-",
@@ -19374,11 +20426,11 @@ def _name_row(name: CatalogName, file: CatalogFile | None) -> tuple[str, ...]:
 def _file_row(file: CatalogFile) -> tuple[str, ...]:
     notes = [note for note in (file.problem, file.integrity.problem) if note is not None]
     size, sha = about_size(file.size_bytes), _short_sha(file.sha256 or "-")
-    return clean(file.relative), sha, size, _type_of(file), _state_of(file), _lines(file.paths), _lines(notes)
+    return printable(file.relative), sha, size, _type_of(file), _state_of(file), _lines(file.paths), _lines(notes)
 
 
 def _type_of(file: CatalogFile) -> str:
-    return clean(" ".join(filter(None, (file.architecture, file.quantisation)))) or "-"
+    return printable(" ".join(filter(None, (file.architecture, file.quantisation)))) or "-"
 
 
 def _state_of(file: CatalogFile) -> str:
@@ -19393,7 +20445,7 @@ def _short_sha(sha: str) -> str:
     """Return a SHA as short as people compare them; a path or glob as it is."""
     kind, colon, digest = sha.rpartition(":")
     is_sha = kind in ("", "sha1", "sha256") and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest)
-    return f"{kind}{colon}{digest[:12]}" if is_sha else clean(sha)
+    return f"{kind}{colon}{digest[:12]}" if is_sha else printable(sha)
 
 
 # == 17b. DOCTOR: what is wrong here, and what to do ===================================================================
@@ -19532,8 +20584,7 @@ def find_configs(paths: Iterable[Path], problems: list[ConfigProblem]) -> list[s
     files: list[str] = []
     for path in paths:
         if path.is_dir():
-            below = (file for suffix in CONFIG_SUFFIXES for file in path.rglob(f"*{suffix}"))
-            files += sorted(str(file) for file in below if not is_temporary(file.name))
+            files += find_below(path)
         elif path.exists():
             files.append(str(path))
         else:
@@ -19840,6 +20891,7 @@ def plan_finding_view(findings: Iterable[Finding]) -> View:
 # failed, with the reason on stderr; 2: the command line is wrong.  Output that others may read goes to stdout.
 
 ANSWER_S: Final = 300.0  # that the daemon has for an answer
+KEY_PASSWORD: Final = "LOCALAID_KEY_PASSWORD"  # noqa: S105 - a variable's name
 PULL_ABOUT: Final = "download weights that a config gives a URL for; Ctrl-C leaves a running daemon's download going"
 DEMO_QUESTION: Final = "What is the capital of France? Answer in one sentence."
 DEMO_FILE: Final = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -19974,14 +21026,131 @@ async def _read_folders(arguments: argparse.Namespace) -> tuple[Table, Inventory
 
 async def _read_table(folders: Folders, index: ModelIndex) -> tuple[Table, Inventory]:
     """Return what some folders make, once `index`, which has been started, has hashed what it did not know."""
+    configs = _read_configs(folders)
+    inventory = await _wait_for_hashes(index, configs)
+    table, _ = configs.merge(auto_rules(inventory.files))
+    return table, inventory
+
+
+def _read_configs(folders: Folders) -> ConfigSet:
+    """Return the configs of all layers."""
     layers = ConfigLayers(folders)
     there = (folder for folder in (folders.configs, folders.fetched, folders.shipped) if folder.is_dir())
     layers.take(FolderChanges(dict.fromkeys(find_configs(there, []), "written"), set()))
-    table, _ = layers.set.merge()
+    return layers.set
+
+
+async def _wait_for_hashes(index: ModelIndex, configs: ConfigSet) -> Inventory:
+    """Return the inventory once all is hashed by which `configs` name models."""
+    table, _ = configs.merge()
     index.want_sha1(wants_sha1(table))
-    inventory = await index.wait_until(lambda _: not index.hashing)
-    table, _ = layers.set.merge(auto_rules(inventory.files))
-    return table, inventory
+    return await index.wait_until(lambda _: not index.hashing)
+
+
+def run_update(arguments: argparse.Namespace) -> int:
+    """`localaid update`: fetch the default configs of every channel now, by the running daemon, or without one."""
+    report = asyncio.run(_update(arguments))
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(report)).decode())  # noqa: T201
+    for one in report.channels:
+        if one.problem is not None:
+            _fail(one.problem)
+        elif not arguments.json:
+            print(render_report(one, whole=True))  # noqa: T201
+    return int(any(one.problem is not None for one in report.channels))
+
+
+async def _update(arguments: argparse.Namespace) -> UpdateReport:
+    """Have a daemon update, or do it here where none runs.  Raises `LocalaidError`."""
+    answer: list[bytes] = []
+    if not (arguments.models or arguments.configs or arguments.state):
+        try:
+            path = f"/localaid/update?dry_run={str(arguments.dry_run).lower()}"
+            await ask_daemon(arguments, path, "POST", take=answer.append)
+            return msgspec.json.decode(b"".join(answer), type=UpdateReport)
+        except DaemonUnreachable as error:
+            if error.join or answer:
+                raise
+    settings = load_settings(choose_settings_file(arguments, os.environ), must_exist=bool(arguments.settings))
+    updater = Updater(choose_folders(arguments, settings, os.environ).state, settings.updates)
+    return await updater.update(dry_run=arguments.dry_run)
+
+
+def run_diff(arguments: argparse.Namespace) -> int:
+    """`localaid diff`: what your configs hide of the default configs, and what an update would change."""
+    diff = asyncio.run(_diff(arguments))
+    if arguments.json:
+        print(msgspec.json.format(msgspec.json.encode(diff)).decode())  # noqa: T201
+    else:
+        print(render_hidden(diff.hidden))  # noqa: T201
+        for one in diff.updates:
+            if one.problem is None:
+                print(f"\n{render_report(one)}")  # noqa: T201
+        if any(one.result == "pending" for one in diff.updates):
+            print(render_changes(diff.changes))  # noqa: T201
+    return int(any(one.problem is not None and _fail(one.problem) for one in diff.updates))
+
+
+async def _diff(arguments: argparse.Namespace) -> Diff:
+    """Have a daemon compare, or do it here where none runs.  Raises `LocalaidError`."""
+    answer: list[bytes] = []
+    if not (arguments.models or arguments.configs or arguments.state):
+        try:
+            await ask_daemon(arguments, "/localaid/diff", take=answer.append)
+            return msgspec.json.decode(b"".join(answer), type=Diff)
+        except DaemonUnreachable as error:
+            if error.join or answer:
+                raise
+    settings = load_settings(choose_settings_file(arguments, os.environ), must_exist=bool(arguments.settings))
+    folders = choose_folders(arguments, settings, os.environ)
+    index = ModelIndex(folders.models, state=folders.state, hash_threads=settings.hash_threads)
+    await index.start()
+    try:
+        configs = _read_configs(folders)
+        inventory = await _wait_for_hashes(index, configs)
+        auto = auto_rules(inventory.files)
+        preview = await Updater(folders.state, settings.updates).preview()
+        return plan_diff(configs, auto, configs.merge(auto)[0], inventory, preview)
+    finally:
+        await index.stop()
+
+
+def run_publish(arguments: argparse.Namespace) -> int:
+    """`localaid publish`: make a folder of configs a channel; or make a key for one."""
+    if arguments.new_key:
+        file = Path(arguments.new_key).absolute()
+        public = make_key_pair(file, _ask_new_password())
+        print(f"{file} is the secret key: keep it, and keep it secret\npublic key: {public.render()}")  # noqa: T201
+        return 0
+    if not arguments.folder:
+        _fail("publish --key wants the folder of the configs, too")
+        return 2
+    folder, file = Path(arguments.folder).absolute(), Path(arguments.key).absolute()
+    key = load_secret_key(file, functools.partial(_ask_password, file))
+    out = Path(arguments.out).absolute() if arguments.out else folder
+    now = dt.datetime.fromtimestamp(int(time.time()), dt.UTC)
+    index = publish(folder, key, out=out, made_at=now, serial=arguments.serial)
+    print(f"{out / INDEX_FILE}: serial {index.serial}, {len(index.files)} files, key {key.public.render()}")  # noqa: T201
+    return 0
+
+
+def _ask_password(file: Path) -> str:
+    """Return the password of a secret key: $LOCALAID_KEY_PASSWORD, or as it is typed.  Raises `KeyFileUnusable`."""
+    if (password := os.environ.get(KEY_PASSWORD)) is not None:
+        return password
+    if not sys.stdin.isatty():
+        raise KeyFileUnusable(str(file), f"is encrypted; give its password as ${KEY_PASSWORD}")
+    return getpass.getpass(f"Password of {file}: ")
+
+
+def _ask_new_password() -> str:
+    """Return a password for a new secret key; empty: none is wanted.  Raises `KeyFileUnusable`."""
+    password = os.environ.get(KEY_PASSWORD)
+    if password is None and sys.stdin.isatty():
+        password = getpass.getpass("Password for the new key (empty for none): ")
+        if password != getpass.getpass("Once more: "):
+            raise KeyFileUnusable("the new key", "the two passwords differ; try again")
+    return password or ""
 
 
 def run_pull(arguments: argparse.Namespace) -> int:
@@ -20360,6 +21529,7 @@ def make_parser() -> argparse.ArgumentParser:
     asks(listing)
     listing.add_argument("--all", action="store_true", help="all files, and what is missing of the default configs")
     listing.add_argument("--json", action="store_true", help="print JSON")
+    _add_update_commands(command, asks)
     pulling = command("pull", run_pull, PULL_ABOUT)
     asks(pulling)
     _add_pull_arguments(pulling)
@@ -20369,19 +21539,49 @@ def make_parser() -> argparse.ArgumentParser:
     doctor = command("doctor", run_doctor, "look at folders, permissions, limits and memory, and say what to do")
     asks(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    demo = command("demo", run_demo, "start a daemon with a small model and ask it a question")
-    demo.add_argument("--listen", metavar="ADDRESS", type=_listen_argument, help="HOST:PORT or unix:PATH")
-    demo.add_argument("--folder", metavar="DIR", help="where the demo's folders lie")
-    demo.add_argument("--once", action="store_true", help="end after the answer")
+    _add_demo_arguments(command("demo", run_demo, "start a daemon with a small model and ask it a question"))
     worker = command("worker", run_worker_command, "serve one model to the daemon (started by it)")
     worker.add_argument("--fd", type=int, required=True, help="the socket to the daemon")
     return parser
+
+
+def _add_demo_arguments(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument("--listen", metavar="ADDRESS", type=_listen_argument, help="HOST:PORT or unix:PATH")
+    demo.add_argument("--folder", metavar="DIR", help="where the demo's folders lie")
+    demo.add_argument("--once", action="store_true", help="end after the answer")
 
 
 def _add_explain_arguments(explaining: argparse.ArgumentParser) -> None:
     explaining.add_argument("--json", action="store_true", help="print JSON")
     explaining.add_argument("path", metavar="PATH", help="API path, e.g. v1/chat")
     explaining.add_argument("name", metavar="NAME", help="model name, as a client sends it")
+
+
+def _add_update_commands(
+    command: Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser],
+    asks: Callable[[argparse.ArgumentParser], None],
+) -> None:
+    updating = command("update", run_update, "fetch the default configs of your channels now")
+    diffing = command("diff", run_diff, "show what your configs hide of the default ones, and what an update changes")
+    for one in (updating, diffing):
+        asks(one)
+        one.add_argument("--json", action="store_true", help="print JSON")
+    updating.add_argument("--dry-run", action="store_true", help="show what would be fetched, and change nothing")
+    publishing = command("publish", run_publish, "make a folder of configs a channel that others can fetch from")
+    keys = publishing.add_mutually_exclusive_group(required=True)
+    keys.add_argument("--key", metavar="FILE", help=f"minisign secret key that signs; its password in ${KEY_PASSWORD}")
+    keys.add_argument("--new-key", metavar="FILE", help="make such a key, and FILE.pub")
+    publishing.add_argument("--out", metavar="DIR", help="the web folder; without it: the folder of the configs")
+    publishing.add_argument("--serial", metavar="NUMBER", type=_serial_argument, help="instead of the last one plus 1")
+    publishing.add_argument("folder", metavar="DIR", nargs="?", help="the folder of the configs")
+
+
+def _serial_argument(text: str) -> int:
+    """Check a serial of the command line."""
+    try:
+        return parse_integer(text, low=1, high=SERIAL_LIMIT)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _add_pull_arguments(pulling: argparse.ArgumentParser) -> None:

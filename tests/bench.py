@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -64,6 +65,8 @@ CASES = (
     "config",
     "start",
     "resolve",
+    "defaults",
+    "download",
 )
 SERVING: tuple[str, ...] = CASES[:6]
 
@@ -122,6 +125,10 @@ TARGETS: dict[tuple[str, str], tuple[Target, ...]] = {
     ("config", "saved to in force, ms"): (Target("<=", 100, relative=False),),
     ("start", "ready, s"): (Target("<=", 1.0, relative=False),),
     ("start", "idle, MiB"): (Target("<=", 60, relative=False),),
+    ("defaults", "loaded, ms"): (Target("<=", 150, relative=False),),
+    ("defaults", "loaded, MiB"): (Target("<=", 15, relative=False),),
+    ("defaults", "rebuild with 500 configs more, ms"): (Target("<=", 100, relative=False),),
+    ("download", "MB/s, SHA checked"): (Target(">=", 0.9),),
     ("resolve", "10 rules, us"): (Target("<=", 5, relative=False),),
     ("resolve", "1,000 rules, us"): (Target("<=", 5, relative=False),),
     ("resolve", "100,000 rules, us"): (Target("<=", 5, relative=False),),
@@ -129,7 +136,7 @@ TARGETS: dict[tuple[str, str], tuple[Target, ...]] = {
 }
 
 # What the column of the peer holds where that is not llama-server.
-PEERS = {"hash": "openssl"}
+PEERS = {"hash": "openssl", "download": "curl"}
 
 
 @dataclass
@@ -997,6 +1004,115 @@ def _time_resolve(
     return (time.perf_counter() - began) / calls
 
 
+# -- default configs --
+
+# A process of its own, with the program imported and nothing else done: what it takes to load all default configs, and
+# then to make the table anew with 500 configs of a user's.
+LOAD_DEFAULTS = """
+import json, os, sys, time
+from pathlib import Path
+import localaid
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+def read(configs, layer, file, document):
+    return (layer, file), configs.read(file, layer, document, {})
+
+before, began = resident(), time.process_time()
+files = sorted(Path(sys.argv[1]).glob("*.yaml"))
+configs = localaid.ConfigSet()
+configs = configs.put_all(dict(read(configs, "shipped", path.name, path.read_bytes()) for path in files))
+table, problems = configs.merge()
+loaded_s, size = time.process_time() - began, resident() - before
+assert table.rules and not problems, problems
+for number in range(500):
+    config = f"name: user-{number}\\nshas: [user-{number}.gguf]\\ntemperature: 0.7\\n".encode()
+    configs = configs.put_all(dict([read(configs, "user", f"user-{number}.yaml", config)]))
+configs.merge()
+changed = b"name: user-0\\nshas: [user-0.gguf]\\ntemperature: 0.6\\n"
+began = time.process_time()
+configs.put_all(dict([read(configs, "user", "user-0.yaml", changed)])).merge()
+print(json.dumps([1000 * loaded_s, size, 1000 * (time.process_time() - began)]))
+"""
+
+
+async def bench_defaults(options: Options, table: Table) -> None:
+    """Load the shipped configs; make the table anew with 500 configs more."""
+    measures = ("loaded, ms", "loaded, MiB", "rebuild with 500 configs more, ms")
+    command = [sys.executable, "-c", LOAD_DEFAULTS, str(PROGRAM.parent / "default-configs")]
+    for _ in range(options.repeats + 1):
+        env = {**os.environ, "PYTHONPATH": str(PROGRAM.parent), "PYTHONDONTWRITEBYTECODE": ""}
+        run = await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True, env=env)
+        table.add("localaid", "defaults", "", dict(zip(measures, json.loads(run.stdout), strict=True)))
+
+
+# -- downloads --
+
+DOWNLOAD_BYTES = 1_500_000_000  # a small model
+
+
+async def bench_download(options: Options, table: Table) -> None:
+    """`localaid pull` of a file whose SHA is checked, and `curl -o`, in turn, from nginx on loopback."""
+    top = options.folder / "download"
+    for part in ("models", "configs", "state", "www"):
+        (top / part).mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        at = f"127.0.0.1:{free.getsockname()[1]}"
+    scratch = "".join(f"{name}_temp_path {top}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (top / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid {top}/pid; error_log stderr; events {{}} http {{ access_log off; "
+        f"sendfile on; {scratch} server {{ listen {at}; root {top}/www; }} }}"
+    )
+    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if nginx is None or shutil.which("curl") is None:
+        raise CaseFailed("nginx and curl are needed")
+    command = [nginx, "-e", "stderr", "-p", str(top), "-c", str(top / "nginx.conf")]
+    web = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    write_settings(top, {"allow_http": True})
+    arguments = ["--models", top / "models", "--configs", top / "configs", "--state", top / "state"]
+    arguments += ["--settings", top / "localaid.yaml", "--listen", "127.0.0.1:0"]
+    process = LocalaidProcess(PROGRAM, ["serve", *map(str, arguments)])
+    try:
+        await asyncio.to_thread(process.wait_ready)
+        for repeat in range(options.repeats):
+            await _download(process, f"http://{at}", top, repeat, table)
+    finally:
+        await asyncio.to_thread(process.stop)
+        web.terminate()
+        web.wait()
+        shutil.rmtree(top)
+
+
+async def _download(process: LocalaidProcess, web: str, top: Path, repeat: int, table: Table) -> None:
+    """Pull one file that nobody has seen yet; then the same with curl."""
+    name = f"{repeat}.bin"
+    content = repeat.to_bytes(8, "big") + os.urandom(1_000_000) * (DOWNLOAD_BYTES // 1_000_000)
+    (top / "www" / name).write_bytes(content)
+    rule = {"name": name, "shas": [hashlib.sha256(content).hexdigest()], "url": [f"{web}/{name}"]}
+    (top / "configs" / f"{name}.yaml").write_bytes(msgspec.yaml.encode(rule))
+    server = Server("localaid", int(process.base_url.rpartition(":")[2]), "", process.pid)
+
+    async def is_known() -> bool:
+        return b'"rule":' in (await server.get(f"/localaid/explain?path=v1/chat&name={name}"))[1]
+
+    await wait_until(is_known, "the config in force")
+    pull = ["curl", "-sS", "-X", "POST", f"{process.base_url}/localaid/pull?name={name}&follow=true"]
+    began = time.perf_counter()
+    told = await asyncio.to_thread(subprocess.run, pull, check=True, capture_output=True)
+    ours = time.perf_counter() - began
+    if b'"state":"done"' not in told.stdout.replace(b" ", b""):
+        raise CaseFailed(f"the download failed: {told.stdout[-300:].decode(errors='replace')}")
+    began = time.perf_counter()
+    curl = ["curl", "-sS", "-o", str(top / "curl.bin"), f"{web}/{name}"]
+    await asyncio.to_thread(subprocess.run, curl, check=True)
+    theirs = time.perf_counter() - began
+    for path in (top / "curl.bin", top / "www" / name, *(top / "models").iterdir()):
+        path.unlink()
+    table.add("localaid", "download", "", {"MB/s, SHA checked": len(content) / ours / 1e6})
+    table.add("peer", "download", "", {"MB/s, SHA checked": len(content) / theirs / 1e6})
+
+
 # -- the command line --
 
 
@@ -1016,8 +1132,15 @@ async def run_all(options: Options, table: Table) -> None:
             await guarded("cold", model.stem, bench_cold(options, model, table))
     if "embed" in options.cases:
         await guarded("embed", "MiniLM", bench_embed(options, table))
-    alone = {"hash": ("hash",), "folders": ("restart", "listed", "config", "start"), "resolve": ("resolve",)}
-    runs = {"hash": bench_hash, "folders": bench_folders, "resolve": bench_resolve}
+    alone = {"folders": ("restart", "listed", "config", "start")}
+    alone |= {name: (name,) for name in ("hash", "resolve", "defaults", "download")}
+    runs = {
+        "hash": bench_hash,
+        "folders": bench_folders,
+        "resolve": bench_resolve,
+        "defaults": bench_defaults,
+        "download": bench_download,
+    }
     for name, cases in alone.items():
         if not options.only_peer and set(cases) & set(options.cases):
             await guarded(name, "", runs[name](options, table))

@@ -60,7 +60,9 @@ class ScriptedWorker:
                 self.load(message)
             case Submit():
                 self.answer(message)
-            case localaid.Tokenize(parts=[str(text)]) | localaid.Rerank(query=text) | localaid.Embed(inputs=[str(text), *_]):
+            case localaid.Tokenize(parts=[str(text)]) | localaid.Rerank(query=text):
+                self.reply(message, text)
+            case localaid.Embed(inputs=[str(text), *_]):
                 self.reply(message, text)
             case localaid.Cancel(id=request):
                 self.log.append("cancelled")

@@ -14,6 +14,12 @@ from localaid import (
     BodyTooSlow,
     BrokenFrame,
     CannotListen,
+    CannotPublish,
+    ChannelDowngraded,
+    ChannelInvalid,
+    ChannelNotKept,
+    ChannelTooLarge,
+    ChannelUnreachable,
     ContextLengthExceeded,
     DaemonRefused,
     DaemonUnreachable,
@@ -26,12 +32,14 @@ from localaid import (
     InputTooLong,
     InternalFault,
     KeyConfined,
+    KeyFileUnusable,
     KeyNotTaken,
     KeyRefused,
     LocalaidError,
     MethodNotAllowed,
     ModelFailed,
     ModelTooLarge,
+    NoChannels,
     NoModelsFolder,
     NoRoom,
     NothingToPull,
@@ -46,11 +54,14 @@ from localaid import (
     RouteNotFound,
     SchemaUnsupported,
     ShuttingDown,
+    SignatureWrong,
     SocketUnusable,
     SourceFailed,
     StillDownloading,
     StillHashing,
     TokenUnknown,
+    UpdateBusy,
+    UpdateFailed,
     WeightsMismatch,
     WorkerDied,
     error_from_wire,
@@ -327,6 +338,83 @@ def all_errors() -> list[type[LocalaidError]]:
             500,
             None,
             "Daemon and worker do not understand each other (nonsense); restart localaid after an upgrade.",
+        ),
+        (
+            UpdateFailed("main", "ValueError: x"),
+            503,
+            "update_failed",
+            "channel main: ValueError: x; what is in force stays, `localaid update` tries again.",
+        ),
+        (
+            ChannelUnreachable("main", "https://x/ answers with status 500", retry_after_s=9.0),
+            503,
+            "update_failed",
+            (
+                "channel main: https://x/ answers with status 500; what is in force stays, and localaid asks again by "
+                "itself: if that does not help, check the network, the proxy, and `updates` in the settings."
+            ),
+        ),
+        (
+            ChannelTooLarge("main", "a.yaml has 9 bytes, and may have 8"),
+            503,
+            "update_failed",
+            (
+                "channel main: a.yaml has 9 bytes, and may have 8; what is in force stays, its owner has to make it "
+                "smaller."
+            ),
+        ),
+        (
+            SignatureWrong("main", "index.json: its signature does not hold for key 01"),
+            503,
+            "update_failed",
+            (
+                "channel main: index.json: its signature does not hold for key 01; what is in force stays, and nothing "
+                "of this is used: unless it was just being published, compare `public_key` in the settings with what "
+                "the channel's owner says."
+            ),
+        ),
+        (
+            ChannelDowngraded("main", "its serial is 1, after 2"),
+            503,
+            "update_failed",
+            (
+                "channel main: its serial is 1, after 2; what is in force stays: somebody may be holding updates back, "
+                "or else the channel's owner has to publish with a higher --serial."
+            ),
+        ),
+        (
+            ChannelInvalid("main", "a.yaml: top_q: unknown key"),
+            503,
+            "update_failed",
+            "channel main: a.yaml: top_q: unknown key; what is in force stays, its owner has to correct that.",
+        ),
+        (
+            ChannelNotKept("main", "/s: No space left on device"),
+            503,
+            "update_failed",
+            (
+                "channel main: /s: No space left on device; what is in force stays: see that localaid may write to its "
+                "state folder and that the disk has room."
+            ),
+        ),
+        (
+            UpdateBusy(file="/s/update.lock"),
+            409,
+            "update_busy",
+            "another localaid is updating (it holds /s/update.lock); ask again when it is done.",
+        ),
+        (
+            NoChannels(),
+            409,
+            "no_channels",
+            "no channel is configured; give `updates` a `url` and a `public_key` in the settings.",
+        ),
+        (KeyFileUnusable("/k", "the password is wrong"), 500, None, "/k: the password is wrong."),
+        (
+            CannotPublish("/c", "there is no config in it"),
+            500,
+            None,
+            "/c is not published: there is no config in it.",
         ),
         (
             InternalFault(request_id="req-1"),

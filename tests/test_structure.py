@@ -47,6 +47,7 @@ SECTIONS: dict[Number, str] = {
     (13, ""): "INDEX",
     (14, ""): "FETCH",
     (14, "a"): "PULL",
+    (14, "b"): "PUBLISH",
     (15, ""): "SUPERVISOR",
     (15, "a"): "ACCESS",
     (16, ""): "HTTP",
@@ -101,13 +102,14 @@ LONG_SECTIONS: dict[str, tuple[int, str]] = {  # section -> (its own limit, why 
     "ENGINE": (650, "everything that touches a context of llama.cpp"),
     "CONSTRAIN": (760, "a schema is checked for what cannot be held, and GBNF is read, before either can do harm"),
     "WORKER": (640, "the two threads of a model's process share their table"),
+    "FETCH": (920, "the folder of sets, the fetch of one with all that can go wrong, and who says when"),
     "PULL": (930, "a download with its mirrors and all their faults, the journal, and the line of those that wait"),
     "INDEX": (1100, "the folder watch, the hash threads, the digest cache and the listing, which share their structs"),
     "SUPERVISOR": (960, "one owner for each worker from its queue to its process's end"),
     "HTTP": (750, "how a request is resolved, waits, streams, and is told of"),
-    "ROUTES": (480, "a row a route, and the handlers of what the daemon tells of itself"),
+    "ROUTES": (500, "a row a route, and the handlers of what the daemon tells of itself"),
     "DAEMON": (960, "every step of start, reload and stop, by name"),
-    "CLI": (640, "one function a command, and the parser of them all"),
+    "CLI": (780, "one function a command, and the parser of them all"),
 }
 
 BANNER_COMMENT_LINES = 10

@@ -261,8 +261,9 @@ def test_start_returns_when_clients_can_ask(service: Service) -> None:
     """A real chat is answered at once; STATUS= says what is there."""
     service.place(f"/srv/box/smollm2/{find_smollm2().name}", "SmolLM2-135M-Instruct.gguf")
     service.start()
-    question = {"role": "user", "content": "What is the capital of France?"}
-    answer = service.ask("/v1/chat/completions", {"model": "smollm2-135m-instruct", "messages": [question], "temperature": 0})
+    question = {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
+    body = {"model": "smollm2-135m-instruct", "messages": [question], "temperature": 0}
+    answer = service.ask("/v1/chat/completions", body)
     assert answer.status == HTTPStatus.OK, answer.body
     assert "Paris" in answer.text
     service.until(lambda: service.status == "2 models, SmolLM2-135M-Instruct loaded, 0 running, 0 waiting")

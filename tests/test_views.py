@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import localaid
 from conftest import PROGRAM, Daemon, StartDaemon
-from localaid import Settings, View, choose_control_socket, clean, find_daemons, render_view
+from localaid import Settings, View, choose_control_socket, find_daemons, printable, render_view
 from test_cli import run
 from test_daemon import post
 from test_daemon import until_names as until_name
@@ -46,7 +46,7 @@ def test_a_table_as_plain_text() -> None:
 @given(st.text())
 def test_no_text_of_strangers_steers_the_terminal(text: str) -> None:
     """What is not printable is shown as an escape, in ASCII; the rest stays."""
-    shown = clean(text)
+    shown = printable(text)
     assert shown.isprintable()
     assert shown == text or not text.isprintable()
 

@@ -13,11 +13,11 @@ _localaid() {
         esac
     done
     case $prev in
-        --models | --configs | --state | --folder)
+        --models | --configs | --state | --folder | --out)
             COMPREPLY=($(compgen -d -- "$cur"))
             return
             ;;
-        --settings)
+        --settings | --key | --new-key)
             COMPREPLY=($(compgen -f -- "$cur"))
             return
             ;;
@@ -33,23 +33,26 @@ _localaid() {
             COMPREPLY=($(compgen -W 'auto plain journal json' -- "$cur"))
             return
             ;;
-        --api-key | --fd) return ;;
+        --api-key | --fd | --serial) return ;;
     esac
     local folders='--models --configs --state --settings --listen --help' options=''
     case $command in
-        '') options='--version --help check demo doctor explain hash list pull serve status worker' ;;
+        '') options='--version --help check demo diff doctor explain hash list publish pull serve status update worker' ;;
         serve) options="$folders --log-format" ;;
         check | hash) options=$folders ;;
-        doctor) options="$folders --api-key --json" ;;
+        diff | doctor) options="$folders --api-key --json" ;;
         list) options="$folders --api-key --all --json" ;;
         status | explain) options="$folders --api-key --json" ;;
         pull) options="$folders --api-key --json --path --cancel" ;;
+        update) options="$folders --api-key --json --dry-run" ;;
+        publish) options='--key --new-key --out --serial --help' ;;
         demo) options='--listen --folder --once --help' ;;
         worker) options='--fd --help' ;;
     esac
     COMPREPLY=($(compgen -W "$options" -- "$cur"))
     case $command:$cur in
         *:-*) ;;
+        publish:*) COMPREPLY+=($(compgen -d -- "$cur")) ;;
         check:* | hash:*) COMPREPLY+=($(compgen -f -- "$cur")) ;;
         explain:*)
             if [[ $prev == explain ]]; then

@@ -1,19 +1,22 @@
 # fish completion for localaid
 
-set -l folders check doctor explain hash list pull serve status
+set -l folders check diff doctor explain hash list pull serve status update
 
 complete -c localaid -f
 complete -c localaid -l help -d 'Show help'
 complete -c localaid -n __fish_use_subcommand -l version -d 'Print the version'
 complete -c localaid -n __fish_use_subcommand -a check -d 'Validate configs and settings without a daemon'
 complete -c localaid -n __fish_use_subcommand -a demo -d 'Start a daemon with a small model and ask it a question'
+complete -c localaid -n __fish_use_subcommand -a diff -d 'Show what your configs hide, and what an update changes'
 complete -c localaid -n __fish_use_subcommand -a doctor -d 'Look at folders, permissions, limits and memory'
 complete -c localaid -n __fish_use_subcommand -a explain -d 'Show where a path and a model name lead, and why'
 complete -c localaid -n __fish_use_subcommand -a hash -d 'Print the SHA-256 of files as configs name them'
 complete -c localaid -n __fish_use_subcommand -a list -d 'Show every name, its rule and its file'
+complete -c localaid -n __fish_use_subcommand -a publish -d 'Make a folder of configs a channel'
 complete -c localaid -n __fish_use_subcommand -a pull -d 'Download the weights of a model'
 complete -c localaid -n __fish_use_subcommand -a serve -d 'Serve the models of some folders to OpenAI clients'
 complete -c localaid -n __fish_use_subcommand -a status -d 'Show models, workers and problems of the running daemon'
+complete -c localaid -n __fish_use_subcommand -a update -d 'Fetch the default configs of your channels now'
 complete -c localaid -n __fish_use_subcommand -a worker -d 'Serve one model to the daemon (started by it)'
 
 complete -c localaid -n "__fish_seen_subcommand_from $folders" -l models -x -a '(__fish_complete_directories)' -d 'A folder of models'
@@ -22,12 +25,17 @@ complete -c localaid -n "__fish_seen_subcommand_from $folders" -l state -x -a '(
 complete -c localaid -n "__fish_seen_subcommand_from $folders" -l settings -r -d 'Settings file'
 complete -c localaid -n "__fish_seen_subcommand_from $folders demo" -l listen -x -d 'HOST:PORT or unix:PATH'
 complete -c localaid -n '__fish_seen_subcommand_from serve' -l log-format -x -a 'auto plain journal json' -d 'What log lines look like'
-complete -c localaid -n '__fish_seen_subcommand_from doctor explain list pull status' -l api-key -x -d 'API key'
-complete -c localaid -n '__fish_seen_subcommand_from doctor explain list pull status' -l json -d 'Print JSON'
+complete -c localaid -n '__fish_seen_subcommand_from diff doctor explain list pull status update' -l api-key -x -d 'API key'
+complete -c localaid -n '__fish_seen_subcommand_from diff doctor explain list pull status update' -l json -d 'Print JSON'
 complete -c localaid -n '__fish_seen_subcommand_from list' -l all -d 'All files and missing models'
 complete -c localaid -n '__fish_seen_subcommand_from pull' -l path -x -a 'v1/chat v1/completion v1/embeddings v1/rerank' -d 'API path'
 complete -c localaid -n '__fish_seen_subcommand_from pull' -l cancel -d 'End the download'
-complete -c localaid -n '__fish_seen_subcommand_from check hash' -F
+complete -c localaid -n '__fish_seen_subcommand_from update' -l dry-run -d 'Only show what would be fetched'
+complete -c localaid -n '__fish_seen_subcommand_from publish' -l key -r -d 'Secret key that signs'
+complete -c localaid -n '__fish_seen_subcommand_from publish' -l new-key -r -d 'Make a key'
+complete -c localaid -n '__fish_seen_subcommand_from publish' -l out -x -a '(__fish_complete_directories)' -d 'The web folder'
+complete -c localaid -n '__fish_seen_subcommand_from publish' -l serial -x -d 'Serial of the index'
+complete -c localaid -n '__fish_seen_subcommand_from check hash publish' -F
 complete -c localaid -n '__fish_seen_subcommand_from explain' -a 'v1/chat v1/completion v1/embeddings v1/rerank'
 complete -c localaid -n '__fish_seen_subcommand_from demo' -l folder -x -a '(__fish_complete_directories)' -d 'Where the folders lie'
 complete -c localaid -n '__fish_seen_subcommand_from demo' -l once -d 'End after the answer'
