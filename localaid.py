@@ -20264,7 +20264,7 @@ def show_pulls(file: TextIO) -> Iterator[Callable[[PullAnswer], None]]:
             step = one.state, one.bytes * 10 // one.total if one.total else 0
             if shown.get(one.sha) != step:
                 shown[one.sha] = step
-                print(render_progress(one), file=file, flush=True)  # noqa: T201
+                print(render_progress(one), file=file, flush=True)
 
     yield write
 

@@ -1059,7 +1059,8 @@ async def bench_download(options: Options, table: Table) -> None:
         (top / part).mkdir(parents=True)
     with socket.create_server(("127.0.0.1", 0)) as free:
         at = f"127.0.0.1:{free.getsockname()[1]}"
-    scratch = "".join(f"{name}_temp_path {top}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    modules = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    scratch = "".join(f"{module}_temp_path {top}/{module};" for module in modules)
     (top / "nginx.conf").write_text(
         f"daemon off; master_process off; pid {top}/pid; error_log stderr; events {{}} http {{ access_log off; "
         f"sendfile on; {scratch} server {{ listen {at}; root {top}/www; }} }}"
@@ -1068,7 +1069,7 @@ async def bench_download(options: Options, table: Table) -> None:
     if nginx is None or shutil.which("curl") is None:
         raise CaseFailed("nginx and curl are needed")
     command = [nginx, "-e", "stderr", "-p", str(top), "-c", str(top / "nginx.conf")]
-    web = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    web = await asyncio.create_subprocess_exec(*command, stderr=subprocess.DEVNULL)
     write_settings(top, {"allow_http": True})
     arguments = ["--models", top / "models", "--configs", top / "configs", "--state", top / "state"]
     arguments += ["--settings", top / "localaid.yaml", "--listen", "127.0.0.1:0"]
@@ -1080,7 +1081,7 @@ async def bench_download(options: Options, table: Table) -> None:
     finally:
         await asyncio.to_thread(process.stop)
         web.terminate()
-        web.wait()
+        await web.wait()
         shutil.rmtree(top)
 
 
@@ -1132,7 +1133,7 @@ async def run_all(options: Options, table: Table) -> None:
             await guarded("cold", model.stem, bench_cold(options, model, table))
     if "embed" in options.cases:
         await guarded("embed", "MiniLM", bench_embed(options, table))
-    alone = {"folders": ("restart", "listed", "config", "start")}
+    alone: dict[str, tuple[str, ...]] = {"folders": ("restart", "listed", "config", "start")}
     alone |= {name: (name,) for name in ("hash", "resolve", "defaults", "download")}
     runs = {
         "hash": bench_hash,
