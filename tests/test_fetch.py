@@ -531,7 +531,8 @@ store = localaid.ChannelStore(state, channel)
 
 def set_of(serial, files):
     listed = tuple(localaid.IndexedFile(path=p, size=len(c), sha256=localaid._digest(c)) for p, c in files.items())
-    index = localaid.ChannelIndex(format=1, serial=serial, made_at=localaid.dt.datetime(2026, 1, 1, tzinfo=localaid.dt.UTC), files=listed)
+    made_at = localaid.dt.datetime(2026, 1, 1, tzinfo=localaid.dt.UTC)
+    index = localaid.ChannelIndex(format=1, serial=serial, made_at=made_at, files=listed)
     return localaid.FetchedSet(index, localaid.render_index(index), b"signature", files, 0)
 
 first = set_of(1, {{"a.yaml": b"1", "x/b.yaml": b"same"}})
