@@ -2703,6 +2703,11 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     title: str | None = None  # from the header: what its makers call it
     content: str = ""  # the same for all paths of one file, hashed or not; empty: not known
 
+    @property
+    def file_name(self) -> str:
+        """Its name without folders; pathlib would take ten times as long, and thousands may be asked at once."""
+        return self.relative.rpartition("/")[2]
+
 
 # -- files --
 
@@ -2736,7 +2741,7 @@ class Inventory:
                 self._by_key.setdefault(f"sha256:{file.sha256}", []).append(file)
             if file.sha1 is not None:
                 self._by_key.setdefault(f"sha1:{file.sha1}", []).append(file)
-            for path in {file.path, file.relative, PurePosixPath(file.relative).name}:
+            for path in {file.path, file.relative, file.file_name}:
                 self._by_path.setdefault(path, []).append(file)
 
     def find(self, sha: str) -> Sequence[FileEntry]:
@@ -2757,7 +2762,7 @@ class Inventory:
             return [file for file in self.files if matches(file.path)]
         if "/" in wanted:
             return [file for file in self.files if matches(file.relative)]
-        return [file for file in self.files if matches(PurePosixPath(file.relative).name)]
+        return [file for file in self.files if matches(file.file_name)]
 
     def fit(self, sha: str, path: str, named: bool, unsuited: frozenset[str] = _NO_SHAS) -> _Fit:
         """Return the files that `sha` means by what they can do for the API path; kept for the next time.
@@ -2815,7 +2820,7 @@ class Inventory:
 
 def _file_order(file: FileEntry) -> tuple[float, bool, str]:
     """Return what sorts files: the newest first, of several paths of one content the one that people can read."""
-    return -file.mtime, is_blob_name(PurePosixPath(file.relative).name), file.path
+    return -file.mtime, is_blob_name(file.file_name), file.path
 
 
 _BLOB_NAME: Final = re.compile(r"(?:sha256-)?[0-9a-f]{64}|[0-9a-f]{40}")
@@ -2899,29 +2904,34 @@ def _choose_stems(served: Sequence[FileEntry]) -> dict[str, str]:
     readable = {content_of(file) for file in served if file.alias_names or not _has_blob_name(file)}
     newest: dict[str, FileEntry] = {}  # path without its revision -> file
     for file in served:
-        slot = _SNAPSHOT.sub(r"\1\2", file.path)
+        slot = _slot_of(file.path)
         if slot not in newest or file.mtime > newest[slot].mtime:
             newest[slot] = file
     stems = {}
     for file in served:
         if not _has_blob_name(file):
-            latest = newest[_SNAPSHOT.sub(r"\1\2", file.path)]
+            latest = newest[_slot_of(file.path)]
             is_latest = content_of(latest) == content_of(file)
-            stems[file.path] = _stem(PurePosixPath(file.relative).name) if is_latest else ""
+            stems[file.path] = _stem(file.file_name) if is_latest else ""
         elif content_of(file) not in readable:
             stems[file.path] = _title_stem(file)
     return stems
 
 
+def _slot_of(path: str) -> str:
+    """Return a path in a Hugging Face cache without its revision; any other as it is."""
+    return _SNAPSHOT.sub(r"\1\2", path) if "/snapshots/" in path else path
+
+
 def _has_blob_name(file: FileEntry) -> bool:
-    return is_blob_name(PurePosixPath(file.relative).name)
+    return is_blob_name(file.file_name)
 
 
 def _title_stem(file: FileEntry) -> str:
     """Return what the names of a file are made of that has none itself: its title and quantisation."""
     title = re.sub(r"[^\w.+-]+", "-", (file.title or "")[:100]).strip("-.")
     if not title or not title.isprintable():
-        return PurePosixPath(file.relative).name
+        return file.file_name
     return title if file.quantisation is None else f"{title}-{file.quantisation}"
 
 
