@@ -2782,6 +2782,8 @@ class Inventory:
         found = self.find(sha)
         if unsuited:
             found = [file for file in found if file.sha256 not in unsuited]
+        if len(found) == 1 and (only := found[0]).sha256 is not None and path in only.serves:
+            return _Fit((only,), {only.sha256: 0}, (), ())  # as below, three times as fast
         if sha.startswith("sha1:"):
             unknown = self._without_sha1
         elif sha.startswith("sha256:"):
@@ -14056,7 +14058,7 @@ class HashThreads:
 
 # -- the index --
 
-_PUBLISH_S: Final = 0.05  # the longest that a change waits for others to be told with it
+_PUBLISH_S: Final = 0.04  # the longest that a change waits for others to be told with it
 _SAVE_S: Final = 5.0  # the same for the digest cache
 
 
