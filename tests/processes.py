@@ -33,7 +33,8 @@ class LocalaidProcess:
 
         The name of a module, a text, is started as installed programs are: from its cached bytecode.
         """
-        start = ["-m", program] if isinstance(program, str) else [str(program)]
+        installed = f"import sys, {program}; sys.exit({program}.main())"  # what pip's script does
+        start = ["-c", installed] if isinstance(program, str) else [str(program)]
         self.command = [sys.executable, *start, *arguments]
         self.started = time.perf_counter()
         self.process = subprocess.Popen(
