@@ -11821,6 +11821,11 @@ LLAMA_LEVELS: Final[Mapping[int, int]] = {3: logging.INFO, GGML_LOG_ERROR: loggi
 _LLAMA_LOG: Final = logging.getLogger("localaid.llama.cpp")
 
 
+# llama.cpp takes all cells for one sequence's, and warns that these are more than the model can read.  They are shared,
+# and BATCH keeps each sequence to the model's own context.
+SHARED_CELLS_WARNING: Final = "n_ctx_seq ("
+
+
 class LlamaLog:
     """llama.cpp's log; keeps the error that came first: those after it only say that something failed."""
 
@@ -11841,7 +11846,8 @@ class LlamaLog:
         *lines, self._text = (self._text + text.decode("utf-8", "replace")).split("\n")
         for line in lines:
             if line.strip(" ."):  # dots: the progress of a load
-                _LLAMA_LOG.log(self._level, "%s", line)
+                level = logging.DEBUG if SHARED_CELLS_WARNING in line else self._level
+                _LLAMA_LOG.log(level, "%s", line)
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from localaid import (
     FIELDS,
     MESSAGES,
     RESPONSES,
+    SHARED_CELLS_WARNING,
     JournalFormatter,
     JsonFormatter,
     PlainFormatter,
@@ -248,6 +249,8 @@ async def test_json_has_each_field(start: Callable[..., Daemon], tiny_llama: Pat
     of_llama = [one for one in told if one["logger"] == "localaid.llama.cpp"]
     assert {(one["worker"], one["pid"]) for one in of_llama} == {(tiny_llama.name, served.process.workers()[0])}
     assert any(one["level"] == "debug" for one in of_llama)
+    shared = {one["level"] for one in of_llama if SHARED_CELLS_WARNING in one["message"]}
+    assert shared == {"debug"}  # several sequences share the cells: no reason to worry anybody
 
 
 async def test_what_is_refused_has_its_line_too(start: Callable[..., Daemon]) -> None:
