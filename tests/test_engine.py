@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from localaid import (
+    RUN_CELLS,
     Batch,
     BatchSequence,
     DropCells,
@@ -298,6 +301,76 @@ def test_the_logprobs_are_those_of_the_model(smol: Engine) -> None:
     batch.commit(plan, best[:1], 0.1)
     batch.finish(sequence)
     run_ops(smol, batch, batch.plan())
+
+
+def cells_of(log: pytest.LogCaptureFixture) -> str:
+    """Return who has each cell, as llama.cpp drew it last: a digit is a sequence id, `.` is free, `M` has several."""
+    drawn = "".join(f"{record.getMessage()}\n" for record in log.records)
+    lines = [line.removesuffix(" *") for line in drawn.splitlines() if line.endswith(" *") and " " not in line[:-2]]
+    return "".join(lines[-3:])
+
+
+def test_cells_of_who_generates_lie_together(
+    smollm2: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three sequences that generate side by side take cells in runs, also where one ends and another one joins."""
+    monkeypatch.setenv("LLAMA_KV_CACHE_DEBUG", "3")  # llama.cpp draws its cells before each decode
+    caplog.set_level(logging.DEBUG, "localaid.llama.cpp")
+    options = LoadOptions(threads=2, ctx_size=256, parallel=3)
+    engine = Engine(LoadModel(path=str(smollm2), options=options, cache_bytes=1 << 28), lambda _: None)
+    batch = Batch(engine.capacity)
+    prompts = prompts_of(engine)
+    sampler = engine.start_sampler(Sampling(temperature=0.0, ignore_eos=True), [])
+
+    def step() -> None:
+        plan = batch.plan()
+        run_ops(engine, batch, plan)
+        if plan.tokens:
+            caplog.clear()
+            assert engine.decode(plan)
+            batch.commit(plan, engine.sample(plan, [sampler] * len(plan.rows)), engine.decode_s)
+
+    def begin(prompt: list[int]) -> BatchSequence:
+        sequence = BatchSequence(list(prompt), len(prompt))
+        batch.add(sequence)
+        return sequence
+
+    def stretches() -> dict[str, int]:
+        drawn = [who for who, _ in itertools.groupby(cells_of(caplog))]
+        return {who: drawn.count(who) for who in "012"}
+
+    first, *others = (begin(prompt) for prompt in prompts[:3])
+    for _ in range(2 * RUN_CELLS + 8):
+        step()
+    assert len(cells_of(caplog)) == engine.capacity.cells
+    assert max(stretches().values()) <= 5, cells_of(caplog)  # the prompt, three runs, and where one step went astray
+    batch.finish(first)
+    others.append(begin(prompts[3]))
+    for _ in range(2 * RUN_CELLS + 8):
+        step()
+    assert max(stretches().values()) <= 12, cells_of(caplog)  # of 75 generated tokens, some in what the first one left
+    for sequence in others:
+        batch.finish(sequence)
+    while batch.busy:
+        step()
+    begin(prompts[4])
+    step()
+    assert set(cells_of(caplog)) == {"."}  # nothing is held for anybody
+    engine.stop_sampler(sampler)
+    engine.close()
+
+
+def test_a_full_cache_holds_no_cells_back(smollm2: Path) -> None:
+    """Eight sequences that fill the cache to the last cell get all of it."""
+    options = LoadOptions(threads=2, ctx_size=256, parallel=8)
+    engine = Engine(LoadModel(path=str(smollm2), options=options, cache_bytes=1 << 28), lambda _: None)
+    batch = Batch(engine.capacity)
+    prompts = [(tokens * 9)[:150] for tokens in prompts_of(engine)]
+    assert batch.capacity.cells < 8 * 150 + 8 * 100 + 8 * RUN_CELLS  # at the end there is no room for runs
+    courses = generate(engine, batch, prompts, 100)
+    assert [len(course.tokens) for course in courses] == [100] * 8
+    assert engine.log.first_error == ""  # llama.cpp was never asked for more than there is
+    engine.close()
 
 
 def test_a_file_that_is_no_model_is_refused_in_words(tmp_path: Path) -> None:
