@@ -9637,6 +9637,8 @@ SHARE_MIN_TOKENS: Final = 32  # a shorter common prefix is not worth waiting for
 CHUNK_MIN_TOKENS: Final = 16  # of a prompt in a step that others wait for
 CHUNK_TARGET_S: Final = 0.3  # a step with a prompt, while others generate; below 64 tokens a chunk is a fifth slower
 PARK_STEP_BYTES: Final = 32 * 1024 * 1024  # copied out of the KV cache in one step
+TILE_TOKENS: Final = 64  # llama.cpp's flash attention on a CPU takes so many rows at a time, fewer row by row
+MIN_GAIN: Final = 0.05  # of a step: less is not worth taking it in two
 MAX_SEQ_IDS: Final = 256  # llama.cpp's LLAMA_MAX_SEQ
 SCORE_STEP_BYTES: Final = 32 * 1024 * 1024  # of logits, where those of a whole prompt are wanted
 
@@ -9665,6 +9667,8 @@ class Capacity:
     window: int = 0  # of kind `window`: how far a token looks back
     cell_bytes: int = 1  # of one token's keys and values, over all layers
     parked_bytes: int = 0  # limit of the host memory for parked segments
+    attend_cost: float = 0.0  # what it costs a token to look at one cell, of what it costs to feed the token
+    logits_share: float = 0.0  # of the work for a generated token, that for its logits
     score_tokens: int = 64  # of a prompt in one decode, where the logits of all are wanted
 
 
@@ -9882,6 +9886,8 @@ class Batch:
         self.used_cells = 0
         self.parked_bytes = 0
         self.feed_token_s = 0.0  # measured: what one prompt token costs
+        self.row_s = 0.0  # measured: what a row costs in a step that feeds no prompt
+        self._prompts_due = False  # whether the step before was the rows' half of two
         self._tree = PrefixTree()
         self._free_ids = list(range(seq_ids_needed(capacity) - 2, -1, -1))  # the last one is the engine's scratch
         self._next_segment = 0
@@ -9922,8 +9928,9 @@ class Batch:
         for sequence, token in zip(plan.rows, sampled, strict=True):
             sequence.tokens.append(token)
         if plan.prompt_tokens >= CHUNK_MIN_TOKENS:
-            cost_s = elapsed_s / len(plan.tokens)
-            self.feed_token_s = cost_s if not self.feed_token_s else 0.7 * self.feed_token_s + 0.3 * cost_s
+            self.feed_token_s = _blend(self.feed_token_s, elapsed_s / len(plan.tokens))
+        elif plan.rows and not plan.prompt_tokens:
+            self.row_s = _blend(self.row_s, elapsed_s / len(plan.rows))
         for sequence, _ in plan.fed:
             if sequence.declared and sequence.n_fed == len(sequence.tokens):
                 self.finish(sequence)
@@ -9961,7 +9968,22 @@ class Batch:
         self._admit(plan.ops)
         self._park_resting(plan.ops)
         self._make_room(plan.ops)
-        feeding = []
+        generating, feeding = self._split_running()
+        room = self._prompt_room(generating)
+        in_two = bool(generating and feeding) and self._pays_in_two(generating, feeding, room)
+        if not (in_two and self._prompts_due):
+            for sequence in generating:
+                _feed(plan, sequence, 1)
+        plan.single = len(plan.tokens)
+        if feeding and (self._prompts_due or not in_two):
+            self._plan_prompts(plan, feeding, room)
+        self._prompts_due = in_two and not self._prompts_due
+        plan.free_cells = self.capacity.cells - self.used_cells - len(plan.tokens)
+        return plan
+
+    def _split_running(self) -> tuple[list[BatchSequence], list[BatchSequence]]:
+        """Return the sequences that have one token left to feed, and those with more of a prompt."""
+        generating, feeding = [], []
         for sequence in list(self.running):
             left = len(sequence.tokens) - sequence.n_fed
             if sequence.phase != "running":
@@ -9969,14 +9991,34 @@ class Batch:
             if left == 0:  # a declared prompt that was known already
                 self.finish(sequence)
             elif left == 1 and not sequence.declared:
-                _feed(plan, sequence, 1)
+                generating.append(sequence)
             else:
                 feeding.append(sequence)
-        plan.single = len(plan.tokens)
-        if feeding:
-            self._plan_prompts(plan, feeding)
-        plan.free_cells = self.capacity.cells - self.used_cells - len(plan.tokens)
-        return plan
+        return generating, feeding
+
+    def _prompt_room(self, generating: list[BatchSequence]) -> int:
+        """Return how many tokens of prompts may go into the step: while others wait for it, a bounded time's."""
+        room = min(self.capacity.batch_tokens, self.capacity.cells - self.used_cells) - len(generating)
+        if not generating:
+            return room
+        chunk = int(CHUNK_TARGET_S / self.feed_token_s) if self.feed_token_s else 4 * CHUNK_MIN_TOKENS
+        return min(room, max(CHUNK_MIN_TOKENS, chunk))
+
+    def _pays_in_two(self, generating: list[BatchSequence], feeding: list[BatchSequence], room: int) -> bool:
+        """Whether a step for those that generate and another one for the prompts cost less than one for both.
+
+        In one, the rows that generate share a tile of attention with a prompt's tokens, and all of these look at the
+        cells of all that generate: with 3,000 cells in use a newcomer's prompt took a third longer.  In two, the
+        weights are read twice.
+        """
+        prompt_tokens = min(room, sum(self._chunk(sequence) for sequence in feeding))
+        if not self.row_s or not self.feed_token_s or prompt_tokens + len(generating) < TILE_TOKENS:
+            return False
+        cells = self.used_cells - sum(sequence.n_fed - sequence.own_start for sequence in feeding)
+        # Half: a look that is in vain is cheaper than one at a cell of one's own.
+        wasted_s = TILE_TOKENS * cells * self.capacity.attend_cost * self.feed_token_s / 2
+        twice_s = len(generating) * (self.row_s * (1 - self.capacity.logits_share) - self.feed_token_s)
+        return wasted_s - twice_s > MIN_GAIN * prompt_tokens * self.feed_token_s
 
     def preempt_youngest(self) -> list[MemoryOp] | None:
         """Put the youngest sequence back into the queue, its cells into host memory; None: there is but one."""
@@ -9992,15 +10034,8 @@ class Batch:
         self.waiting.appendleft(sequence)
         return ops
 
-    def _plan_prompts(self, plan: Plan, feeding: list[BatchSequence]) -> None:
-        """Share what is left of the step between prompts: the oldest gets half, the shortest the rest."""
-        room = self.capacity.batch_tokens - len(plan.tokens)
-        if plan.tokens and self.feed_token_s:
-            chunk = max(CHUNK_MIN_TOKENS, int(CHUNK_TARGET_S / self.feed_token_s))
-            room = min(room, chunk)
-        elif plan.tokens:
-            room = min(room, 4 * CHUNK_MIN_TOKENS)
-        room = min(room, self.capacity.cells - self.used_cells - len(plan.tokens))
+    def _plan_prompts(self, plan: Plan, feeding: list[BatchSequence], room: int) -> None:
+        """Share a step's room for prompts between them: the oldest gets half, the shortest the rest."""
         later = [sequence for sequence in feeding if sequence.scored][1:]  # one in a step: its logits are large
         feeding = [sequence for sequence in feeding if sequence not in later]
         oldest = feeding[0]
@@ -10012,6 +10047,9 @@ class Batch:
             shares[sequence] += more
             room -= more
         for sequence, count in shares.items():
+            rest = self._chunk(sequence) - count
+            if 0 < rest < TILE_TOKENS <= count - (TILE_TOKENS - rest):
+                count -= TILE_TOKENS - rest  # noqa: PLW2901 - the rest is a whole tile then, and not fed row by row
             if count > 0:
                 _feed(plan, sequence, count)
                 plan.prompt_tokens += count
@@ -10295,6 +10333,11 @@ class Batch:
             if more is None:
                 return
             ops.extend(more)
+
+
+def _blend(known: float, measured: float) -> float:
+    """Return a measure that one slow step does not throw off."""
+    return 0.7 * known + 0.3 * measured if known else measured
 
 
 def _follows(sequence: BatchSequence, other: BatchSequence) -> bool:
@@ -11494,19 +11537,21 @@ class Engine:
 
     def _choose_capacity(self, options: LoadOptions, cache_bytes: int) -> Capacity:
         """Choose the sizes of the context from the options and the model."""
-        llama = self._llama
-        trained = llama.llama_model_n_ctx_train(self._model)
+        llama, model = self._llama, self._model
+        trained = llama.llama_model_n_ctx_train(model)
         ctx_size = choose_ctx_size(options.ctx_size, trained)
         if not self.is_causal:
             ctx_size = min(ctx_size, trained)  # beyond it an encoder has no positions
         parallel = options.parallel or DEFAULT_PARALLEL
-        window = llama.llama_model_n_swa(self._model)
+        window = llama.llama_model_n_swa(model)
         kind: MemoryKind = "attention"
-        if llama.llama_model_is_recurrent(self._model) or llama.llama_model_is_hybrid(self._model):
+        if llama.llama_model_is_recurrent(model) or llama.llama_model_is_hybrid(model):
             kind = "recurrent"
         elif window > 0:
             kind = "window"
         cells = choose_cells(ctx_size, parallel)
+        table = self.n_vocab * llama.llama_model_n_embd(model)  # parameters that make the logits
+        body = max(1, llama.llama_model_n_params(model) - table)
         return Capacity(
             ctx_size=ctx_size,
             cells=-(-cells // 256) * 256,  # llama.cpp rounds up
@@ -11515,8 +11560,18 @@ class Engine:
             kind=kind,
             window=window,
             parked_bytes=cache_bytes,
+            attend_cost=0.0 if kind == "recurrent" else 2 * self._query_width * llama.llama_model_n_layer(model) / body,
+            logits_share=table / (body + table),
             score_tokens=max(1, SCORE_STEP_BYTES // (4 * self.n_vocab)),
         )
+
+    @property
+    def _query_width(self) -> int:
+        """How many numbers the queries of a token are, in all heads of a layer."""
+        length = self._header(f"{self._header('general.architecture')}.attention.key_length")
+        if not length.isdigit():
+            return cast("int", self._llama.llama_model_n_embd(self._model))
+        return int(length) * cast("int", self._llama.llama_model_n_head(self._model))
 
     def _start_context(self) -> int:
         """Make the context that generates; raises `EngineFailed`."""

@@ -137,10 +137,12 @@ def expected(prompt: list[int], count: int) -> list[int]:
     return tokens
 
 
-def capacity(kind: MemoryKind = "attention", **changes: int) -> Capacity:
+def capacity(
+    kind: MemoryKind = "attention", *, attend_cost: float = 0.0, logits_share: float = 0.0, **changes: int
+) -> Capacity:
     """Return a small capacity."""
     sizes = {"ctx_size": 600, "cells": 1200, "parallel": 4, "batch_tokens": 128, "window": 40, "parked_bytes": 4000}
-    return Capacity(kind=kind, **(sizes | changes))
+    return Capacity(kind=kind, attend_cost=attend_cost, logits_share=logits_share, **(sizes | changes))
 
 
 Event = tuple[str, list[int] | int, int]  # what, of which prompt or how often, how many tokens
@@ -165,12 +167,17 @@ EVENTS = st.lists(
 
 @pytest.mark.parametrize("kind", ["attention", "window", "recurrent"])
 @settings(max_examples=300, deadline=None)
-@given(events=EVENTS, cells=st.sampled_from([620, 900, 1200]), parked=st.sampled_from([0, 300, 4000]))
+@given(
+    events=EVENTS,
+    cells=st.sampled_from([620, 900, 1200]),
+    parked=st.sampled_from([0, 300, 4000]),
+    attend_cost=st.sampled_from([0.0, 1.0]),
+)
 def test_every_answer_is_the_one_it_would_be_alone(  # noqa: C901 - one branch for each kind of event
-    kind: MemoryKind, events: list[Event], cells: int, parked: int
+    kind: MemoryKind, events: list[Event], cells: int, parked: int, attend_cost: float
 ) -> None:
     """Whatever comes, goes, is cancelled, preempted, parked and restored: nobody's tokens change, nobody is lost."""
-    memory = SimulatedMemory(capacity(kind, cells=cells, parked_bytes=parked))
+    memory = SimulatedMemory(capacity(kind, cells=cells, parked_bytes=parked, attend_cost=attend_cost))
     batch = Batch(memory.capacity)
     wanted: dict[BatchSequence, int] = {}
     prompts: dict[BatchSequence, list[int]] = {}
@@ -291,6 +298,72 @@ def test_a_long_prompt_does_not_stall_the_others() -> None:
     plan = batch.plan()
     assert running in plan.rows
     assert plan.prompt_tokens == int(localaid.CHUNK_TARGET_S / 0.002)
+
+
+def start_four(
+    known: int, attend_cost: float = 3.3e-4
+) -> tuple[Batch, SimulatedMemory, dict[BatchSequence, int], BatchSequence]:
+    """Return a batch in which four sequences of `known` tokens generate, and a prompt of 600 has joined.
+
+    A row takes 4 ms and a prompt's token 2 ms, as for SmolLM2 on two cores.
+    """
+    room = capacity(attend_cost=attend_cost, logits_share=0.2, cells=9000, ctx_size=4000, batch_tokens=512, parallel=8)
+    memory = SimulatedMemory(room)
+    batch = Batch(memory.capacity)
+    running = [BatchSequence([salt] * known, known) for salt in range(4)]
+    wanted = dict.fromkeys(running, 500)
+    for sequence in running:
+        batch.add(sequence)
+    while any(sequence.n_fed < known for sequence in running):
+        run_step(batch, memory, wanted)
+    batch.row_s, batch.feed_token_s = 0.004, 0.002
+    newcomer = BatchSequence([9] * 600, 600)
+    wanted[newcomer] = 1
+    batch.add(newcomer)
+    return batch, memory, wanted, newcomer
+
+
+def test_rows_and_prompts_take_turns_where_their_contexts_are_long() -> None:
+    """Rows with long contexts go in a step of their own, each second one, so that no prompt's tokens look at them."""
+    batch, memory, wanted, newcomer = start_four(1000)
+    steps = []
+    while newcomer.phase != "gone" and newcomer.n_fed < 600:
+        batch.row_s, batch.feed_token_s = 0.004, 0.002
+        plan = run_step(batch, memory, wanted)
+        steps.append((plan.single, plan.prompt_tokens))
+    assert [single for single, _ in steps[:-1]] == [4, 0] * ((len(steps) - 1) // 2) + [4] * ((len(steps) - 1) % 2)
+    assert all(bool(single) != bool(fed) for single, fed in steps)
+    assert max(fed for _, fed in steps) == 150
+    assert sum(fed for _, fed in steps) == 600
+
+
+@pytest.mark.parametrize(
+    ("known", "attend_cost", "row_s"),
+    [
+        pytest.param(60, 3.3e-4, 0.004, id="short contexts"),
+        pytest.param(1000, 3.3e-4, 0.1, id="weights that are slow to read"),
+        pytest.param(1000, 0.0, 0.004, id="no attention"),
+        pytest.param(1000, 3.3e-4, 0.0, id="nothing measured"),
+    ],
+)
+def test_rows_and_prompts_share_a_step_where_two_cost_more(known: int, attend_cost: float, row_s: float) -> None:
+    """A second pass over the weights is not worth it for a few cells."""
+    batch, *_ = start_four(known, attend_cost)
+    batch.row_s = row_s
+    plan = batch.plan()
+    assert plan.single == 4
+    assert plan.prompt_tokens == 150
+
+
+def test_the_rest_of_a_prompt_is_a_whole_tile() -> None:
+    """Fewer than 64 tokens would be attended row by row; a chunk before them that can spare some gives them."""
+    batch, memory, wanted, newcomer = start_four(60)
+    newcomer.tokens[170:] = []
+    newcomer.n_prompt = 170
+    plan = run_step(batch, memory, wanted)
+    assert plan.prompt_tokens == 170 - localaid.TILE_TOKENS
+    batch.feed_token_s = 0.002
+    assert run_step(batch, memory, wanted).prompt_tokens == localaid.TILE_TOKENS
 
 
 def test_the_last_token_of_a_seeded_prompt_is_fed_alone() -> None:

@@ -303,6 +303,15 @@ def test_the_logprobs_are_those_of_the_model(smol: Engine) -> None:
     run_ops(smol, batch, batch.plan())
 
 
+def test_what_the_parts_of_a_token_cost(smol: Engine, tiny_mamba: Path) -> None:
+    """SmolLM2: 576 wide in 30 layers, 106 million parameters and 28 more for the logits."""
+    assert smol.capacity.attend_cost == pytest.approx(2 * 576 * 30 / 106.2e6, rel=0.01)
+    assert smol.capacity.logits_share == pytest.approx(28.3 / 134.5, rel=0.01)
+    mamba = start_engine(tiny_mamba)
+    assert mamba.capacity.attend_cost == 0
+    mamba.close()
+
+
 def cells_of(log: pytest.LogCaptureFixture) -> str:
     """Return who has each cell, as llama.cpp drew it last: a digit is a sequence id, `.` is free, `M` has several."""
     drawn = "".join(f"{record.getMessage()}\n" for record in log.records)
