@@ -2076,11 +2076,28 @@ def parse_update_interval(text: str) -> float:
     return interval_s
 
 
+BODY_LIMIT_LEAST_BYTES: Final = 1024
+
+
 def parse_timeout(text: str) -> float:
     """Return seconds of a duration that is longer than none.  Raises ValueError."""
     if (duration_s := parse_duration(text)) <= 0:
         raise ValueError("expected a duration of more than 0")
     return duration_s
+
+
+def parse_rescan(text: str) -> float:
+    """Return seconds of a duration that leaves time for anything else.  Raises ValueError."""
+    if (duration_s := parse_duration(text)) < 1:
+        raise ValueError("expected a duration of at least 1 second")
+    return duration_s
+
+
+def parse_body_limit(text: str) -> int:
+    """Return bytes of a size that a request fits into.  Raises ValueError."""
+    if (size_bytes := parse_size(text)) < BODY_LIMIT_LEAST_BYTES:
+        raise ValueError(f"expected a size of at least {BODY_LIMIT_LEAST_BYTES} bytes")
+    return size_bytes
 
 
 def _read_api_keys(reader: _Reader, node: yaml.Node, keys: Keys) -> tuple[ApiKey, ...]:
@@ -2250,11 +2267,11 @@ _KINDS: Final[dict[str, _Kind]] = {
     "prompt_cache_bytes": _Kind(parse_size),
     "keep_alive_s": _Kind(parse_keep_alive),
     "hash_wait_s": _Kind(parse_duration),
-    "rescan_s": _Kind(parse_duration),
+    "rescan_s": _Kind(parse_rescan),
     **dict.fromkeys(("allow_without_keys", "allow_http"), _Kind(parse_flag, is_plain=True)),
     "log_prompts": _Kind(parse_flag, is_plain=True),
     "cors_origins": _Kind(parse_origin, is_list=True, may_be_empty=True),
-    "body_limit_bytes": _Kind(parse_size),
+    "body_limit_bytes": _Kind(parse_body_limit),
     "body_timeout_s": _Kind(parse_timeout),
     "drain_s": _Kind(parse_duration),
     "stall_s": _Kind(parse_timeout),
@@ -13655,6 +13672,36 @@ FileChange = Literal[
 ]
 
 
+def user_name(uid: int) -> str:
+    """Return a user's name; the number where nobody has given it one, as in a container or on NFS."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def group_name(gid: int) -> str:
+    """Return a group's name; the number where nobody has given it one."""
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
+
+
+def explain_unreadable(path: str | Path, error: OSError) -> str:
+    """Return why a file cannot be read: for one that is not for this user, whose it is and what to do."""
+    reason = error.strerror or str(error)
+    if not isinstance(error, PermissionError):
+        return reason
+    try:
+        status = Path(path).stat()
+    except OSError:  # a folder above it is closed
+        return reason
+    mode, owner, group = stat.S_IMODE(status.st_mode), user_name(status.st_uid), group_name(status.st_gid)
+    fix = f"chgrp {group_name(os.getegid())} {path} && chmod g+r {path}"
+    return f"{reason} for user {user_name(os.geteuid())} (mode {mode:04o}, owner {owner}, group {group}); {fix}"
+
+
 class FolderChanges(NamedTuple):
     """What has happened in watched folders; forget what is `gone`, files or whole folders, then look at `files`."""
 
@@ -14114,7 +14161,7 @@ class HashJob:
         except FileNotFoundError:
             self.changed = True
         except OSError as error:
-            self.failure = f"it cannot be read: {error.strerror}"
+            self.failure = f"it cannot be read: {explain_unreadable(self.path, error)}"
         self.finished = self.finished or self.changed or self.failure is not None or self.cancelled
         if self.finished or not self.hashed_bytes:  # open files are few: those that are being hashed
             self.close()
@@ -14253,6 +14300,7 @@ class ModelIndex:
         self._published_at = (0.0, 0.0)  # when, and how long it took
         self._saving: asyncio.TimerHandle | None = None
         self._saves: set[asyncio.Task[None]] = set()
+        self._task: asyncio.Task[None] | None = None
 
     # What others use: start, stop, inventory, info, progress, want_sha1, subscribe, wait_until.
 
@@ -14270,7 +14318,9 @@ class ModelIndex:
             self._task.result()
 
     async def stop(self) -> None:
-        """End watching and hashing; write the cache."""
+        """End watching and hashing; write the cache.  Nothing is done where `start` has not come so far."""
+        if self._task is None:
+            return
         self._task.cancel()
         for job in self._jobs.values():
             job.cancelled = True
@@ -17684,26 +17734,34 @@ def load_keyring(settings: Settings, folder: Path, environ: Mapping[str, str]) -
     Raises `ConfigErrors`: a file that is named and cannot be read, or has no key, must not let everybody in.
     """
     found = list(settings.api_keys)
+    files: dict[ApiKey, str] = {}
     problems: list[ConfigProblem] = []
     for file in find_key_files(settings, folder, environ):
         try:
             with file.open("rb") as opened:
                 keys = parse_key_file(opened.read(DOCUMENT_LIMIT_BYTES), file=str(file))
             if not keys:
-                problems.append(ConfigProblem(str(file), "", "has no API key; name it no more if none is wanted"))
+                problems.append(ConfigProblem(str(file), "", f"has no API key; {_no_keys_remedy(file)}"))
             found += keys
+            files |= dict.fromkeys(keys, str(file))
         except OSError as error:
-            problems.append(ConfigProblem(str(file), "", error.strerror or str(error)))
+            problems.append(ConfigProblem(str(file), "", explain_unreadable(file, error)))
         except ConfigErrors as errors:
             problems += errors.problems
     owners: dict[bytes, ApiKey] = {}
     for key in found:
         if owners.setdefault(key.digest, key) != key:
             problem = f"{owners[key.digest].name} and {key.name} have the same key; give each its own"
-            problems.append(ConfigProblem("api_keys", "", problem))
+            problems.append(ConfigProblem(files.get(key, "api_keys"), "", problem))
     if problems:
         raise ConfigErrors(tuple(problems))
     return Keyring(owners.values())
+
+
+def _no_keys_remedy(file: Path) -> str:
+    if file.name == CREDENTIAL:  # systemd's copy, which nobody can change
+        return f"add one to /etc/credstore/{CREDENTIAL}, or /run/credstore, or remove that file; then restart"
+    return "name it no more if none is wanted"
 
 
 def find_key_files(settings: Settings, folder: Path, environ: Mapping[str, str]) -> tuple[Path, ...]:
@@ -19558,18 +19616,19 @@ def check_folder(folder: Path, environ: Mapping[str, str], *, writes: bool = Fal
     Tells what only looks like a wrong mode: systemd's sandbox, which hides folders or makes them read-only.
     """
     unit = "localaid.service" if environ.get("INVOCATION_ID") else ""
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    user, group = user_name(os.geteuid()), group_name(os.getegid())
     hidden = unit and any(folder.is_relative_to(home) for home in _HIDDEN_HOMES)
     unhide = f"ProtectHome= of {unit} hides it: systemctl edit {unit}, [Service], ProtectHome=read-only"
     for part in (*reversed(folder.parents), folder):
         try:
-            mode = part.stat().st_mode
+            status = part.stat()
         except FileNotFoundError:
             problem = f"finds no {part}" if part != folder else "finds no such folder"
-            fix = unhide if hidden else f"make it: install -d -m 2775 -g {_group_name()} {folder}"
+            fix = unhide if hidden else f"make it: install -d -m 2775 -g {group} {folder}"
             return FolderUnusable(folder=str(folder), user=user, problem=problem, fix=fix)
         except OSError as error:  # a link that leads round in circles, a server that is gone
             return FolderUnusable(folder=str(folder), user=user, problem=f"gets {error.strerror}", fix=f"see {part}")
+        mode = status.st_mode
         if not stat.S_ISDIR(mode):
             fix = f"{part} is no folder: move it away, or name another one"
             return FolderUnusable(folder=str(folder), user=user, problem="cannot list it", fix=fix)
@@ -19577,18 +19636,15 @@ def check_folder(folder: Path, environ: Mapping[str, str], *, writes: bool = Fal
         if os.access(part, may) and (part != folder or not writes or os.access(part, os.W_OK)):
             continue
         verb, bits = ("write to it", "rwx") if os.access(part, may) else ("list it", "rx" if part == folder else "x")
-        fix = f"chgrp {_group_name()} {part} && chmod g+{bits} {part}"
+        fix = f"chgrp {group} {part} && chmod g+{bits} {part}"
         if verb == "write to it" and os.statvfs(part).f_flag & os.ST_RDONLY:
             fix = f"it is mounted read-only{unit and f', by ProtectSystem= of {unit}: add ReadWritePaths={folder}'}"
         elif hidden and not stat.S_IMODE(mode):
             fix = unhide
-        owner = f"{part} has mode {stat.S_IMODE(mode):04o}, owner {part.owner()}, group {part.group()}"
-        return FolderUnusable(folder=str(folder), user=user, problem=f"may not {verb} ({owner})", fix=fix)
+        owner = f"owner {user_name(status.st_uid)}, group {group_name(status.st_gid)}"
+        problem = f"may not {verb} ({part} has mode {stat.S_IMODE(mode):04o}, {owner})"
+        return FolderUnusable(folder=str(folder), user=user, problem=problem, fix=fix)
     return None
-
-
-def _group_name() -> str:
-    return grp.getgrgid(os.getegid()).gr_name
 
 
 def choose_settings_file(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Path:
@@ -19619,7 +19675,7 @@ def load_settings(file: Path, *, must_exist: bool) -> Settings:
             raise ConfigErrors((ConfigProblem(str(file), "", "no such file"),)) from None
         return Settings()
     except OSError as error:
-        raise ConfigErrors((ConfigProblem(str(file), "", error.strerror or str(error)),)) from error
+        raise ConfigErrors((ConfigProblem(str(file), "", explain_unreadable(file, error)),)) from error
 
 
 def load_memory_bytes() -> int:
@@ -19682,7 +19738,7 @@ class ConfigLayers:
             document, templates = load_config(file)
         except OSError as error:
             self._uses.setdefault(file, frozenset())
-            return self.set.problems(file, layer, (ConfigProblem(file, "", error.strerror or str(error)),))
+            return self.set.problems(file, layer, (ConfigProblem(file, "", explain_unreadable(file, error)),))
         names = template_names(document)
         self._uses[file] = frozenset(os.path.join(os.path.dirname(file), name) for name in names)  # noqa: PTH118, PTH120 (2,000 files)
         return self.set.read(file, layer, document, templates)
@@ -19704,6 +19760,8 @@ class Daemon:
         self.keyring = load_keyring(settings, folders.settings.parent, os.environ)
         self.table = build_table(())
         self.is_ready = False
+        self._reload_due = False  # SIGHUP came before that
+        self._has_settings = folders.settings.exists()  # then it is an error where they are gone
         self.responses = ResponseStore(keep_s=RESPONSES_KEPT_S, count=RESPONSES_KEPT, size_bytes=RESPONSES_KEPT_BYTES)
         self.supervisor = Supervisor(
             budget_bytes=_budget_bytes(settings.memory),
@@ -19951,10 +20009,15 @@ class Daemon:
 
     def reload_settings(self) -> None:
         """Take the settings file anew (SIGHUP); what is broken changes nothing."""
+        if not self.is_ready:  # READY=1 would be told before anything listens
+            self._reload_due = True
+            return
+        self._reload_due = False
         self._notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         self._check_folders()
         try:
-            settings = load_settings(self.folders.settings, must_exist=False)
+            settings = load_settings(self.folders.settings, must_exist=self._has_settings)
+            self._has_settings = self.folders.settings.exists()
         except ConfigErrors as error:
             for problem in error.problems:
                 DAEMON_LOG.error("%s; the settings in force stay", problem)
@@ -20101,24 +20164,34 @@ class Daemon:
         seen = asyncio.Event()
         configs = asyncio.create_task(self._watch(seen))
         extending = asyncio.create_task(self._extend_start())
+        starting = asyncio.create_task(self._start(runner, seen, configs))
         try:
-            self.index.subscribe(self._take_inventory)
-            await self.index.start()
-            await _wait_first(seen.wait(), configs)
+            await _wait_first(self._stop.wait(), starting)
             extending.cancel()
-            self._take_inventory(self.inventory)
-            await self.puller.start(goes_on=self.settings.pull != "off")
-            await self._start_listening(runner)
-            self.updater.start()
-            self.is_ready = True
-            _settle_memory()
-            log_always(DAEMON_LOG, f"ready on {', '.join(self._listening)}")
-            self._notify("READY=1")
-            self._tell_status()
-            await _wait_first(self._stop.wait(), configs)
+            if not self._stop.is_set():
+                await _wait_first(self._stop.wait(), configs)
         finally:
             extending.cancel()
+            starting.cancel()
+            await asyncio.wait({starting})
             await self._end(runner, configs)
+
+    async def _start(self, runner: web.AppRunner, seen: asyncio.Event, configs: asyncio.Task[None]) -> None:
+        """Read the folders, then listen.  Raises `CannotListen`, `OpenWithoutKeys`, and what `configs` dies of."""
+        self.index.subscribe(self._take_inventory)
+        await self.index.start()
+        await _wait_first(seen.wait(), configs)
+        self._take_inventory(self.inventory)
+        await self.puller.start(goes_on=self.settings.pull != "off")
+        await self._start_listening(runner)
+        self.updater.start()
+        self.is_ready = True
+        _settle_memory()
+        log_always(DAEMON_LOG, f"ready on {', '.join(self._listening)}")
+        self._notify("READY=1")
+        self._tell_status()
+        if self._reload_due:
+            self.reload_settings()
 
     async def _start_listening(self, runner: web.AppRunner) -> None:
         """Take the sockets that systemd passed, or open our own.  Raises `CannotListen`, `OpenWithoutKeys`."""
@@ -20129,7 +20202,7 @@ class Daemon:
             DAEMON_LOG.info("systemd passed %s; the setting `listen` (%s) is not used", where, self._listen_to)
         elif self._listen_to.startswith("unix:"):
             path = Path(self._listen_to.removeprefix("unix:"))
-            await self._start_site(web.SockSite(runner, self._open_unix(path)), str(path))
+            await self._start_site(web.SockSite(runner, self._open_unix(path, CONTROL_MODE)), str(path))
         else:
             host, _, port = self._listen_to.rpartition(":")
             site = web.TCPSite(runner, host.strip("[]"), int(port))
@@ -20156,7 +20229,7 @@ class Daemon:
             DAEMON_LOG.warning("no control socket: %s", error)
             return []
 
-    def _open_unix(self, path: Path, mode: int | None = None) -> socket.socket:
+    def _open_unix(self, path: Path, mode: int) -> socket.socket:
         """Return a socket that listens at `path`, which is ours to remove.  Raises `CannotListen`."""
         try:
             opened = _open_unix(path, mode)
@@ -20205,8 +20278,7 @@ class Daemon:
                     path.unlink()
         configs.cancel()
         await asyncio.wait({configs})
-        if self.is_ready:
-            await self.index.stop()
+        await self.index.stop()
 
     async def _wait_for_first_requests(self, runner: web.AppRunner) -> None:
         """Let connections that have just been taken from their backlog send their request; it is answered with a 503.
@@ -20301,8 +20373,8 @@ def _render_address(address: str | tuple[str, int]) -> str:
     return f"unix:{address}" if isinstance(address, str) else f"http://{_render_host(address[0])}:{address[1]}"
 
 
-def _open_unix(path: Path, mode: int | None) -> socket.socket:
-    """Return a socket that listens at `path`, whose file has `mode` (None: as the umask says) from its first moment.
+def _open_unix(path: Path, mode: int) -> socket.socket:
+    """Return a socket that listens at `path`, whose file has `mode` from its first moment.
 
     The file of one that was killed is replaced, one that somebody listens on is not.  Raises `OSError`.
     """
@@ -20313,8 +20385,7 @@ def _open_unix(path: Path, mode: int | None) -> socket.socket:
         if _is_dead_socket(path):
             path.unlink()
         opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        if mode is not None:
-            stack.callback(os.umask, os.umask(0o777 & ~mode))
+        stack.callback(os.umask, os.umask(0o777 & ~mode))
         try:
             opened.bind(str(path))
             opened.listen(BACKLOG)
@@ -20695,7 +20766,9 @@ def check_folders(folders: Folders, environ: Mapping[str, str], unit: Mapping[st
     for what, folder in (*named, ("state", folders.state)):
         problem = check_folder(folder, environ, writes=what == "state")
         home = next((one for one in _HIDDEN_HOMES if folder.is_relative_to(one)), None)
-        if problem is not None:
+        if what == "state" and not folder.exists() and str(folder) in unit_environ(unit).get("CACHE_DIRECTORY", ""):
+            found.append(Finding(check=what, state="ok", what=f"{folder} is made when {UNIT} starts"))
+        elif problem is not None:
             why = f"{folder}: user {problem.user} {problem.problem}"
             found.append(Finding(check=what, state="problem", what=why, remedy=problem.fix))
         elif home and unit.get("ProtectHome", "no") in ("yes", "tmpfs"):
@@ -20945,6 +21018,14 @@ def unit_environ(unit: Mapping[str, str]) -> dict[str, str]:
     return {name: ":".join(f"{top}/{folder}" for folder in given) for name, (given, top) in named.items() if given}
 
 
+def _is_user(name: str) -> bool:
+    try:
+        pwd.getpwnam(name or "root")
+    except KeyError:
+        return False
+    return True
+
+
 def check_unit(unit: Mapping[str, str], credentials: Iterable[Path]) -> list[Finding]:
     """Look at the service, and at the files of its credentials, which only root should read."""
     found = []
@@ -20952,6 +21033,9 @@ def check_unit(unit: Mapping[str, str], credentials: Iterable[Path]) -> list[Fin
     if state == "failed":
         remedy = f"journalctl -u {UNIT} -n 50, then: systemctl reset-failed {UNIT}; systemctl start {UNIT}"
         found.append(Finding(check="service", state="problem", what=f"{UNIT} has failed ({result})", remedy=remedy))
+    elif unit and not _is_user(unit.get("User", "root")):
+        what, remedy = f"{UNIT} runs as {unit['User']}, and there is no such user", "systemd-sysusers"
+        found.append(Finding(check="service", state="problem", what=what, remedy=remedy))
     elif unit:
         is_up = state in ("active", "reloading", "activating")
         remedy = "" if is_up else f"systemctl enable --now {UNIT}"
@@ -20964,7 +21048,20 @@ def check_unit(unit: Mapping[str, str], credentials: Iterable[Path]) -> list[Fin
             if mode & (stat.S_IRWXG | stat.S_IRWXO):
                 what = f"{file} has mode {mode:04o}: others than root can read API keys"
                 found.append(Finding(check="service", state="problem", what=what, remedy=f"chmod 600 {file}"))
+            found += _check_credential(file)
     return found
+
+
+def _check_credential(file: Path) -> list[Finding]:
+    """Look at the API keys that systemd gives the service.  Raises `OSError`."""
+    remedy = f"add one, NAME:KEY on a line of its own, or remove {file}; then restart {UNIT}"
+    try:
+        keys = parse_key_file(file.read_bytes(), file=str(file))
+    except ConfigErrors as errors:
+        return [Finding(check="keys", state="problem", what=str(one), remedy=remedy) for one in errors.problems]
+    if not keys:
+        return [Finding(check="keys", state="problem", what=f"{file} has no API key", remedy=remedy)]
+    return [Finding(check="keys", state="ok", what=f"{len(keys)} API keys in {file}")]
 
 
 # -- all of it --
@@ -20976,7 +21073,11 @@ def acting_as(name: str) -> Iterator[None]:
     if os.geteuid() != 0 or name in ("", "root"):
         yield
         return
-    user = pwd.getpwnam(name)
+    try:
+        user = pwd.getpwnam(name)
+    except KeyError:  # the unit's user has not been made: `check_unit` tells of it
+        yield
+        return
     groups, uid, gid = os.getgroups(), os.getuid(), os.getgid()
     os.setgroups(os.getgrouplist(user.pw_name, user.pw_gid))
     os.setresgid(user.pw_gid, user.pw_gid, gid)
@@ -21025,11 +21126,11 @@ def examine(
     with acting_as(unit.get("User", "")):
         found = check_folders(folders, environ, unit)
         count, models = walk_models((*folders.models, folders.configs))
+        read = [*check_settings(folders, settings, environ), *check_configs(folders)]
     for folder in {*folders.models, folders.state}:
         with contextlib.suppress(OSError):  # it is not there: told of above
             found.append(check_disk(folder, shutil.disk_usage(folder).free))
-    found += check_settings(folders, settings, environ)
-    found += check_configs(folders)
+    found += read
     inotify = sum(link == "anon_inode:inotify" for _, link in _open_files(Path("/proc")))
     runs = not isinstance(answer, LocalaidError)
     watches, instances = (int((limits / name).read_text()) for name in ("max_user_watches", "max_user_instances"))
@@ -21073,6 +21174,7 @@ model_names: [demo, "gpt-*"]
 
 def run_serve(arguments: argparse.Namespace) -> int:
     """`localaid serve`: the daemon, until SIGTERM."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the daemon takes it: it must not end a start
     start_logging("info", arguments.log_format or "auto", os.environ)  # until the settings say how
     try:
         settings_file = choose_settings_file(arguments, os.environ)
@@ -21105,10 +21207,16 @@ def run_worker_command(arguments: argparse.Namespace) -> int:
 
 def run_check(arguments: argparse.Namespace) -> int:
     """`localaid check`: validate configs and settings without a daemon."""
-    settings_file = choose_settings_file(arguments, os.environ)
-    problems: list[ConfigProblem] = []
-    settings = Settings()
     named = [Path(file) for file in arguments.files]
+    is_named = bool(named or arguments.configs or arguments.settings)
+    environ = os.environ if is_named else _find_environ(os.environ)
+    settings_file = choose_settings_file(arguments, environ)
+    problems = [
+        ConfigProblem(str(file), "", f"is no config: the name of one ends in {' or '.join(CONFIG_SUFFIXES)}")
+        for file in named
+        if file.exists() and not file.is_dir() and file.suffix not in CONFIG_SUFFIXES
+    ]
+    settings = Settings()
     if not named or any(file.name == "localaid.yaml" for file in named) or arguments.settings:
         for file in [file for file in named if file.name == "localaid.yaml"] or [settings_file]:
             try:
@@ -21116,7 +21224,7 @@ def run_check(arguments: argparse.Namespace) -> int:
                 load_keyring(settings, file.parent, {})
             except ConfigErrors as errors:
                 problems += errors.problems
-    folders = choose_folders(arguments, settings, os.environ)
+    folders = choose_folders(arguments, settings, environ)
     configs = [file for file in named if file.name != "localaid.yaml"]
     if not configs and (arguments.configs or not named):
         configs = [folders.configs]
@@ -21131,8 +21239,16 @@ def run_check(arguments: argparse.Namespace) -> int:
         if warning.file in files:
             print(f"warning: {warning}")  # noqa: T201
     if not problems:
-        print(f"{len(files)} files, {sum(rule.file in files for rule in table.rules)} rules: no errors")  # noqa: T201
+        where = "" if is_named else f" ({folders.configs}, {settings_file})"
+        rules = sum(rule.file in files for rule in table.rules)
+        print(f"{len(files)} files, {rules} rules: no errors{where}")  # noqa: T201
     return 1 if problems else 0
+
+
+def _find_environ(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """Return an environment that means the installed service's folders; a user's own, where there are, go first."""
+    own = Path(environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME", "/root"), ".config"), "localaid")
+    return environ if own.is_dir() else {**environ, **unit_environ(load_unit())}
 
 
 def _find_around(files: AbstractSet[str], folders: Folders) -> set[str]:
@@ -21491,7 +21607,7 @@ def _how_to_join(path: Path) -> str:
         group = path.group()
     except (OSError, KeyError):  # hidden too, or a group without a name
         group = "localaid"
-    return f"usermod -aG {group} {pwd.getpwuid(os.geteuid()).pw_name}"
+    return f"usermod -aG {group} {user_name(os.geteuid())}"
 
 
 def run_status(arguments: argparse.Namespace) -> int:
@@ -21514,7 +21630,8 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     settings: Settings | ConfigErrors
     answer: DaemonAnswer | LocalaidError
     try:
-        settings = load_settings(choose_settings_file(arguments, environ), must_exist=bool(arguments.settings))
+        with acting_as(unit.get("User", "")):
+            settings = load_settings(choose_settings_file(arguments, environ), must_exist=bool(arguments.settings))
     except ConfigErrors as errors:
         settings = errors
     folders = choose_folders(arguments, Settings() if isinstance(settings, ConfigErrors) else settings, environ)
@@ -21771,11 +21888,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = make_parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments))
+        status = int(arguments.run(arguments))
+        sys.stdout.flush()
     except LocalaidError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # `| head` has seen enough; at exit Python would flush, and tell of it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
 
 
 if __name__ == "__main__":

@@ -46,6 +46,41 @@ def test_check_of_settings_and_of_what_is_not_there(tmp_path: Path) -> None:
     assert f"{tmp_path / 'none.yaml'}: " in result.stdout
 
 
+def test_check_of_a_file_that_is_no_config_says_so(tmp_path: Path) -> None:
+    """It would never be read, so nothing in it can be right."""
+    file = tmp_path / "bad.txt"
+    file.write_text("top_q: 1\n")
+    result = run("check", file, home=tmp_path)
+    assert result.returncode == 1
+    assert f"{file}: is no config: the name of one ends in .yaml or .yml" in result.stdout
+
+
+def test_check_of_nothing_named_says_what_it_read(tmp_path: Path) -> None:
+    """A user's own folder, where there is one."""
+    configs = tmp_path / ".config" / "localaid" / "configs"
+    configs.mkdir(parents=True)
+    result = run("check", home=tmp_path)
+    assert f"no errors ({configs}, {configs.parent / 'localaid.yaml'})" in result.stdout
+
+
+def test_check_of_nothing_named_means_the_installed_service(tmp_path: Path) -> None:
+    """As systemd tells its folders."""
+    (tmp_path / "systemctl").write_text("#!/bin/sh\necho LoadState=loaded\necho ConfigurationDirectory=localaid-none\n")
+    (tmp_path / "systemctl").chmod(0o755)
+    result = run("check", home=tmp_path, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert "/etc/localaid-none/configs" in result.stdout
+
+
+def test_a_pipe_that_is_closed_is_no_error(tmp_path: Path) -> None:
+    """As of `localaid list | head -3`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(PROGRAM), "check", "--configs", str(tmp_path)]
+    result = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=200, check=False)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
 def test_check_warns_of_what_can_never_be_reached_and_of_double_claims(tmp_path: Path) -> None:
     """Warnings do not fail it."""
     (tmp_path / "a.yaml").write_text("name: x\nshas: ['*']\n")

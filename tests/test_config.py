@@ -547,6 +547,8 @@ def test_settings_by_default() -> None:
         ("api_keyz: []", "s.yaml: api_keyz: unknown key, line 1 (did you mean api_keys?)"),
         ("metrics: no", "s.yaml: metrics: expected one of key, open, off, got no, line 1"),
         ("body_timeout: 0", "s.yaml: body_timeout: expected a duration of more than 0, line 1"),
+        ("rescan: 0", "s.yaml: rescan: expected a duration of at least 1 second, line 1"),
+        ("body_limit: 0", "s.yaml: body_limit: expected a size of at least 1024 bytes, line 1"),
         ("cors_origins: [a.example]", "s.yaml: cors_origins.0: expected an origin such as https://"),
         ("allow_without_keys: maybe", "s.yaml: allow_without_keys: expected true or false, got maybe, line 1"),
         ("log_level: inof", "s.yaml: log_level: expected one of debug, info, warning, error, got inof, line 1"),

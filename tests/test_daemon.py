@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -382,6 +383,75 @@ def test_a_rule_may_put_a_lora_adapter_on_a_model_by_its_sha(
     assert any("LoRA" in why for why in status_now.unservable.values())
 
 
+async def test_a_start_can_be_stopped_and_hears_no_reload_before_its_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """SIGHUP while the folders are read says no READY=1, for nothing listens yet; SIGTERM ends it there."""
+    folders = Folders(
+        models=(tmp_path,), configs=tmp_path, state=tmp_path, settings=tmp_path / "x.yaml", shipped=tmp_path
+    )
+    one = localaid.Daemon(folders, Settings(), "127.0.0.1:0")
+    told: list[str] = []
+    monkeypatch.setattr(one, "_notify", told.append)
+    reading = asyncio.Event()
+
+    async def read_for_ever() -> None:
+        reading.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(one.index, "start", read_for_ever)
+    running = asyncio.create_task(one.run())
+    await reading.wait()
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(running, 60)
+    assert not [line for line in told if "READY=1" in line or "RELOADING" in line]
+    assert any("STOPPING=1" in line for line in told)
+
+
+async def test_a_reload_that_came_too_soon_is_made_up_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the settings said when SIGHUP came is in force after the start."""
+    file = tmp_path / "localaid.yaml"
+    folders = Folders(models=(tmp_path,), configs=tmp_path, state=tmp_path, settings=file, shipped=tmp_path)
+    one = localaid.Daemon(folders, Settings(), "127.0.0.1:0")
+    told: list[str] = []
+    ready = asyncio.Event()
+
+    def note(text: str) -> None:
+        told.extend(line for line in text.splitlines() if line.startswith(("READY", "RELOADING")))
+        if len(told) == 3:
+            ready.set()
+
+    monkeypatch.setattr(one, "_notify", note)
+    file.write_text("queue_size: 5\n")
+    one.reload_settings()
+    assert one.settings.queue_size == 64
+    running = asyncio.create_task(one.run())
+    await ready.wait()
+    assert one.settings.queue_size == 5
+    assert told == ["READY=1", "RELOADING=1", "READY=1"]
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(running, 60)
+
+
+async def test_settings_that_are_gone_at_a_reload_change_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else a file that is being replaced would let everybody in."""
+    file = tmp_path / "localaid.yaml"
+    file.write_text("api_keys: ['a:sk-aaaaaaaaaaaaaaaa']\n")
+    folders = Folders(models=(), configs=tmp_path, state=tmp_path, settings=file, shipped=tmp_path)
+    one = localaid.Daemon(folders, load_settings(file, must_exist=True), "127.0.0.1:0")
+    one.is_ready = True
+    file.rename(tmp_path / "elsewhere")
+    one.reload_settings()
+    assert one.keyring.keys
+    assert f"{file}: no such file; the settings in force stay" in caplog.text
+    (tmp_path / "elsewhere").rename(file)
+    one.reload_settings()
+    assert one.keyring.keys
+
+
 async def test_a_settings_step_that_fails_stops_no_other(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -389,6 +459,7 @@ async def test_a_settings_step_that_fails_stops_no_other(
     file = tmp_path / "localaid.yaml"
     folders = Folders(models=(), configs=tmp_path, state=tmp_path, settings=file, shipped=tmp_path)
     one = localaid.Daemon(folders, Settings(), "127.0.0.1:0")
+    one.is_ready = True
     caplog.set_level("INFO")
 
     def fail(_daemon: localaid.Daemon, _new: Settings) -> None:
@@ -458,6 +529,7 @@ def test_a_unix_socket_is_served(daemon: StartDaemon, tiny_llama: Path, tmp_path
     """As `unix:PATH`."""
     served = daemon([tiny_llama], listen=f"unix:{tmp_path}/http.sock")
     assert served.base_url == f"unix:{tmp_path}/http.sock"
+    assert stat.S_IMODE((tmp_path / "http.sock").stat().st_mode) == 0o660  # a proxy in the service's group may ask
     assert tiny_llama.stem in names(served)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -36,6 +37,7 @@ from localaid import (
     check_configs,
     check_daemon,
     check_disk,
+    check_folder,
     check_folders,
     check_inotify,
     check_memory,
@@ -45,6 +47,8 @@ from localaid import (
     examine,
     find_holder,
     load_build,
+    load_keyring,
+    load_settings,
     unit_environ,
     walk_models,
 )
@@ -124,6 +128,83 @@ def test_root_looks_as_the_services_user(tmp_path: Path) -> None:
     assert (os.getuid(), os.geteuid()) == (0, 0)
     with acting_as(""):
         assert os.geteuid() == 0
+    with acting_as("nobody-of-this-name"):  # told of elsewhere
+        assert os.geteuid() == 0
+
+
+@as_root
+def test_a_file_that_may_not_be_read_is_told_with_what_to_do(tmp_path: Path) -> None:
+    """Whose it is, for whom it is closed, and the commands."""
+    for folder in (tmp_path, *tmp_path.parents[:-1]):
+        if folder.is_relative_to("/tmp"):  # noqa: S108
+            folder.chmod(folder.stat().st_mode | 0o005)
+    file = tmp_path / "localaid.yaml"
+    file.write_text("queue_size: 1\n")
+    file.chmod(0o600)
+    os.chown(file, 54321, 54321)
+    with acting_as("nobody"), pytest.raises(ConfigErrors) as caught:
+        load_settings(file, must_exist=True)
+    words = str(caught.value.problems[0])
+    assert "Permission denied for user nobody (mode 0600, owner 54321, group 54321)" in words
+    assert f"chmod g+r {file}" in words
+
+
+@as_root
+def test_a_folder_whose_owner_has_no_name_is_told_of_by_number(tmp_path: Path) -> None:
+    """As in containers and on NFS."""
+    (tmp_path / "models").mkdir()
+    for folder in (tmp_path, *tmp_path.parents[:-1]):
+        if folder.is_relative_to("/tmp"):  # noqa: S108
+            folder.chmod(folder.stat().st_mode | 0o005)
+    os.chown(tmp_path / "models", 54321, 54321)
+    (tmp_path / "models").chmod(0o700)
+    with acting_as("nobody"):
+        found = check_folder(tmp_path / "models", {})
+    assert "owner 54321, group 54321" in str(found)
+
+
+def test_what_systemd_makes_at_the_start_is_not_missing(tmp_path: Path) -> None:
+    """The cache of a service that has never run."""
+    folders = dataclasses.replace(folders_in(tmp_path), state=Path("/var/cache/localaid-none"))
+    found = check_folders(folders, {}, {"CacheDirectory": "localaid-none"})
+    assert found[-1].what == "/var/cache/localaid-none is made when localaid.service starts"
+    assert check_folders(folders, {}, {})[-1].state == "problem"
+
+
+@pytest.mark.parametrize(
+    ("text", "state", "words"),
+    [
+        ("ann:sk-aaaaaaaaaaaaaaaa\n", "ok", "1 API keys in"),
+        ("# none yet\n", "problem", "has no API key"),
+        ("ann:\n", "problem", "line 1"),
+    ],
+)
+def test_the_credential_is_looked_at(tmp_path: Path, text: str, state: str, words: str) -> None:
+    """As systemd will pass it to the service."""
+    file = tmp_path / "api-keys"
+    file.write_text(text)
+    file.chmod(0o600)
+    found = check_unit({}, [file])
+    assert [one.state for one in found] == [state]
+    assert words in found[0].what
+
+
+def test_a_credential_without_keys_names_its_source(tmp_path: Path) -> None:
+    """The copy of it is not what has to be changed."""
+    (tmp_path / "api-keys").write_text("# none\n")
+    with pytest.raises(ConfigErrors) as caught:
+        load_keyring(Settings(), tmp_path, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert "add one to /etc/credstore/api-keys" in str(caught.value.problems[0])
+    (tmp_path / "api-keys").write_text("a:sk-aaaaaaaaaaaaaaaa\nb:sk-aaaaaaaaaaaaaaaa\n")
+    with pytest.raises(ConfigErrors) as caught:
+        load_keyring(Settings(), tmp_path, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert str(caught.value.problems[0]).startswith(f"{tmp_path / 'api-keys'}: a and b have the same key")
+
+
+def test_a_unit_whose_user_is_missing_is_a_problem() -> None:
+    """The unit would not start."""
+    (found,) = check_unit({"User": "nobody-of-this-name", "ActiveState": "inactive"}, ())
+    assert (found.state, found.remedy) == ("problem", "systemd-sysusers")
 
 
 def test_settings_and_keys(tmp_path: Path) -> None:
@@ -280,7 +361,8 @@ def test_the_service(unit: Mapping[str, str], state: list[str], tmp_path: Path) 
     keys = tmp_path / "api-keys"
     keys.write_text("a:b\n")
     keys.chmod(0o600)
-    assert [one.state for one in check_unit(unit, [keys, tmp_path / "none"])] == state
+    found = [one for one in check_unit(unit, [keys, tmp_path / "none"]) if one.check == "service"]
+    assert [one.state for one in found] == state
     keys.chmod(0o640)
     found = check_unit(unit, [keys])
     assert [one.state for one in found] == [*state, "problem"]
