@@ -12206,7 +12206,7 @@ class _SchemaReader:
             return self.read(value, where)
         parts = {name: self.read(part, (*where, name)) for name, part in value.items()}
         if key == "patternProperties":
-            return {self._read_pattern(name, where): part for name, part in parts.items()}
+            return {self._read_pattern(name, where, _NAME_CLASSES): part for name, part in parts.items()}
         return parts
 
     def _check_number(self, key: str, value: float, where: tuple[str, ...]) -> None:
@@ -12221,9 +12221,9 @@ class _SchemaReader:
                 "or leave it out",
             )
 
-    def _read_pattern(self, pattern: str, where: tuple[str, ...]) -> str:
+    def _read_pattern(self, pattern: str, where: tuple[str, ...], classes: PatternClasses | None = None) -> str:
         try:
-            return PatternReader(pattern).read()
+            return PatternReader(pattern, classes).read()
         except PatternProblem as problem:
             raise self._refuse(where, f"{problem}") from problem
 
@@ -12340,8 +12340,9 @@ _QUANTIFIER: Final = re.compile(r"(?:[*+?]|\{(\d*)(,?)(\d*)\})(\??)(\+?)")
 _KEPT_ESCAPES: Final = frozenset("nrtfv")
 _LARGE_WORD: Final = r"\p{Alphabetic}\p{M}\p{N}\p{L}\p{Pc}"
 _LARGE_SPACE: Final = r"\p{White_Space}\x{1c}-\x{1f}"
+PatternClasses = Mapping[str, tuple[str, str]]
 # What `\d` and its like are in a class: (a set within what every dialect takes, a set around it).
-_CLASSES: Final = {
+_CLASSES: Final[PatternClasses] = {
     "d": ("0-9", r"\p{Nd}"),
     "w": ("0-9A-Za-z_", _LARGE_WORD),
     "s": (r" \t\n\r\x{b}\x{c}", _LARGE_SPACE),
@@ -12349,6 +12350,18 @@ _CLASSES: Final = {
     "W": (f"[^{_LARGE_WORD}]", "[^0-9A-Za-z_]"),
     "S": (f"[^{_LARGE_SPACE}]", r"[^ \t\n\r\x{b}\x{c}]"),
 }
+_ECMA_SPACE: Final = r"\t-\r\p{Zs}\x{2028}\x{2029}\x{feff}"
+# The same for the names of properties, exactly as ECMA-262 has them, which JSON Schema refers to: a name that a pattern
+# does not match is an additional one, so that a smaller set would be as wrong as a larger one.
+_NAME_CLASSES: Final[PatternClasses] = {
+    "d": ("0-9", "0-9"),
+    "w": ("0-9A-Za-z_", "0-9A-Za-z_"),
+    "s": (_ECMA_SPACE, _ECMA_SPACE),
+    "D": ("[^0-9]", "[^0-9]"),
+    "W": ("[^0-9A-Za-z_]", "[^0-9A-Za-z_]"),
+    "S": (f"[^{_ECMA_SPACE}]", f"[^{_ECMA_SPACE}]"),
+}
+_ANY: Final = r"[^\n\r\x{2028}\x{2029}]"  # `.` in ECMA-262; in the other dialects it is all but \n
 
 
 class PatternReader:
@@ -12358,9 +12371,10 @@ class PatternReader:
     not have in common is refused, and classes are made as small as the smallest.
     """
 
-    def __init__(self, pattern: str) -> None:
-        """Take a pattern."""
+    def __init__(self, pattern: str, classes: PatternClasses | None = None) -> None:
+        """Take a pattern, and what its classes are where that is not what all dialects share."""
         self._pattern = pattern
+        self._classes = classes or _CLASSES
         self._at = 0
 
     def read(self) -> str:
@@ -12388,7 +12402,7 @@ class PatternReader:
                 out.append("(?:")
                 self._at += 3
             else:
-                out.append(character if character in "().|^$" else _quote(character))
+                out.append(_ANY if character == "." else character if character in "()|^$" else _quote(character))
                 self._at += 1
         return "".join(out)
 
@@ -12422,8 +12436,8 @@ class PatternReader:
         """Read a backslash and what it escapes; `around`: in a class that is negated."""
         pattern, code = self._pattern, self._pattern[self._at + 1]
         self._at += 2
-        if code in _CLASSES:
-            small, large = _CLASSES[code]
+        if code in self._classes:
+            small, large = self._classes[code]
             return f"[{small}]" if around is None else (large if around else small)
         if code in "xu":
             digits = 2 if code == "x" else 4

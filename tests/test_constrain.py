@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import random
 from collections.abc import Iterator
@@ -181,6 +182,30 @@ def schemas(draw: st.DrawFn) -> Schema:
     return {**body, "$defs": {"leaf": draw(st.one_of(strings(), numbers())), "tree": TREE}}
 
 
+SPACES = r"\t-\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"  # ECMA-262's `\s`
+
+
+def as_ecma(schema: object) -> object:
+    """Return a schema whose patterns of names (of `PATTERNS`) are to Python's `re` what they are in ECMA-262."""
+    if isinstance(schema, list):
+        return [as_ecma(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    read = {key: as_ecma(value) for key, value in schema.items()}
+    if "patternProperties" in schema:
+        changes = {r"\S": f"[^{SPACES}]", r"\s": SPACES, "$": r"\Z", "^.{": r"^[^\n\r\u2028\u2029]{"}
+        named = cast("Schema", read["patternProperties"])
+        for pattern in list(named):
+            written = functools.reduce(lambda text, old: text.replace(old, changes[old]), changes, pattern)
+            named["(?a)" + written] = named.pop(pattern)
+    return read
+
+
+def check_answer(text: str | bytes, schema: Schema) -> None:
+    """Raise where an answer is not what a schema says."""
+    jsonschema.validate(json.loads(text), cast("Schema", as_ecma(schema)))
+
+
 def generate_schemas(count: int) -> list[Schema]:
     """Return schemas, always the same."""
     made: list[Schema] = []
@@ -259,7 +284,7 @@ def test_every_completed_answer_validates(worker: WorkerEnd) -> None:
         text, finish = worker.text(request), worker.deltas[request][-1].finish
         if finish == "stop":
             completed += 1
-            jsonschema.validate(json.loads(text), schema)
+            check_answer(text, schema)
         else:
             assert finish == "length", schema
     assert answered >= 300
@@ -286,6 +311,20 @@ def walk(engine: Engine, matcher: Matcher, choose: random.Random, tokens: int) -
     return text, False
 
 
+def follow(engine: Engine, matcher: Matcher, text: bytes) -> bool:
+    """Whether a text may come, whole."""
+    pieces = [engine.piece(token)[0] for token in range(engine.n_vocab)]
+    while text:
+        fitting = [
+            token for token in np.flatnonzero(matcher.allowed()) if pieces[token] and text.startswith(pieces[token])
+        ]
+        if not fitting:
+            return False
+        matcher.take(token := int(fitting[0]))
+        text = text[len(pieces[token]) :]
+    return True
+
+
 def test_random_walks_validate(engine: Engine, constrainer: Constrainer) -> None:
     """What no model would write is held to the schema as well."""
     completed = 0
@@ -300,7 +339,7 @@ def test_random_walks_validate(engine: Engine, constrainer: Constrainer) -> None
             assert not matcher.failed
             if complete:
                 completed += 1
-                jsonschema.validate(json.loads(text), schema)
+                check_answer(text, schema)
     assert completed > 500
 
 
@@ -459,11 +498,30 @@ def test_options_that_a_tag_tells_apart_are_any_of_them(constrainer: Constrainer
         (r"\x41\u00e9\n\/", r"A\x{e9}\x{a}\x{2f}"),
         (r"(?:a|b)", r"(?:a|b)"),
         ("[[a&&b]", r"[\x{5b}a\x{26}\x{26}b]"),
+        ("^.$", r"^[^\n\r\x{2028}\x{2029}]$"),
     ],
 )
 def test_a_pattern_is_rewritten_to_what_all_dialects_share(pattern: str, read: str) -> None:
     """Rust's class operators are no longer there, and classes are as small as the smallest dialect's."""
     assert PatternReader(pattern).read() == read
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "matches"),
+    [
+        *((r"^\w+$", "name1", True), (r"^\w+$", "name1\n", False), (r"^\w+$", "é", False), (r"^\W$", "é", True)),
+        *((r"^\d$", "٣", False), (r"^\D$", "٣", True), (r"^[^\d]$", "٣", True), (r"^.$", "\u2028", False)),
+        *((r"^\s$", "\ufeff", True), (r"^\s$", "\x1c", False), (r"^\S$", "\x1c", True), (r"^\S$", "\xa0", False)),
+    ],
+)
+def test_names_match_as_in_ecmascript(
+    engine: Engine, constrainer: Constrainer, pattern: str, name: str, matches: bool
+) -> None:
+    """A name that matches has the pattern's schema, another has none: neither may be left to chance."""
+    schema: Schema = {"type": "object", "patternProperties": {pattern: {"type": "integer"}}}
+    for value, allowed in ((5, True), ([], not matches)):
+        matcher = constrainer.start_constraint(JsonConstraint(schema=schema))
+        assert follow(engine, matcher, json.dumps({name: value}, ensure_ascii=False).encode()) is allowed
 
 
 # -- GBNF --
