@@ -1838,7 +1838,9 @@ def parse_size(text: str) -> int:
 def parse_memory(text: str) -> MemoryBudget:
     """Return a budget of "80%" (of what is available at start) or of a size.  Raises ValueError."""
     if not text.rstrip().endswith("%"):
-        return MemoryBudget(size_bytes=parse_size(text))
+        if not (size_bytes := parse_size(text)):
+            raise ValueError(f"expected a size such as 8GiB or a share such as 80%, got {text[:60]}: no model fits")
+        return MemoryBudget(size_bytes=size_bytes)
     percent = text.rstrip()[:-1].strip()
     if not _NUMBER.fullmatch(percent) or not 0 < float(percent) <= 100:  # noqa: PLR2004 (percent)
         raise ValueError(f"expected a share from 1% to 100%, got {text[:60]}")
@@ -13858,7 +13860,7 @@ class FolderWatch:
             try:
                 entries = list(os.scandir(folder)) if self._watch_folder(folder) else []
             except OSError as error:
-                if not isinstance(error, FileNotFoundError):
+                if not isinstance(error, FileNotFoundError | NotADirectoryError):
                     INDEX_LOG.warning("%s cannot be listed: %s", folder, error.strerror)
                 continue
             for entry in entries:
@@ -14036,7 +14038,7 @@ class DigestCache:
             if magic != self._MAGIC or digest != hashlib.sha256(body).digest():
                 body = b""  # which is no msgpack
             content = msgspec.msgpack.decode(body, type=_CacheContent)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
             INDEX_LOG.warning("%s is damaged (%s) and thrown away; all models are hashed anew", self._file, error)
@@ -20161,7 +20163,8 @@ class Daemon:
         if self._passed.watchdog_s is not None:
             self._feed_watchdog(self._passed.watchdog_s / 2)
         for folder in (self.folders.configs, self.folders.state):
-            _make_folder(folder)
+            with contextlib.suppress(OSError):  # why it cannot be made is told next; all else goes on
+                folder.mkdir(parents=True, exist_ok=True)
         self._check_folders()
         self.updater.arrange()
         _warn_of_prompts(self.settings)
@@ -20422,14 +20425,6 @@ def _is_dead_socket(path: Path) -> bool:
         except OSError:  # none is there, it may not be asked, or it has no time now
             return False
     return False
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder of our own; one that cannot be made is told of, and served without."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        DAEMON_LOG.warning("%s: %s; make it, or name another one", folder, error.strerror)
 
 
 # == 17a. VIEWS: what the daemon tells, as tables for a terminal =======================================================
@@ -20714,6 +20709,7 @@ FREE_BYTES: Final = 1 << 30  # less is worth a word ...
 FULL_BYTES: Final = 64 << 20  # ... and so little is a problem
 LARGEST_FILES: Final = 8  # whose headers are read, to find the model that takes the most
 FOLDERS_COUNTED: Final = 1_000_000
+UNREADABLE_TOLD: Final = 5  # files
 TCP_LISTEN: Final = "0A"  # in /proc/net/tcp
 REBUILD: Final = 'CMAKE_ARGS="{}" pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python {}'
 # Of /proc/cpuinfo -> as llama.cpp's build calls it; only what makes a model faster.
@@ -20793,6 +20789,19 @@ def check_folders(folders: Folders, environ: Mapping[str, str], unit: Mapping[st
         else:
             can = "read and written" if what == "state" else "read"
             found.append(Finding(check=what, state="ok", what=f"{folder} can be {can}"))
+    return found
+
+
+def check_readable(unreadable: Sequence[str]) -> list[Finding]:
+    """Tell of model files that may not be read: each as `explain_unreadable` has it."""
+    found = []
+    for line in unreadable[:UNREADABLE_TOLD]:
+        what, _, remedy = line.partition("; ")
+        found.append(Finding(check="models", state="problem", what=what, remedy=remedy))
+    if (more := len(unreadable) - UNREADABLE_TOLD) > 0:
+        found.append(
+            Finding(check="models", state="problem", what=f"{more} more files may not be read", remedy="as above")
+        )
     return found
 
 
@@ -21105,8 +21114,16 @@ def acting_as(name: str) -> Iterator[None]:
         os.setgroups(groups)
 
 
-def walk_models(folders: Iterable[Path]) -> tuple[int, list[tuple[str, ModelInfo]]]:
-    """Return how many folders there are to watch, and the headers of the largest models in them."""
+class WalkedModels(NamedTuple):
+    """What is in folders of models."""
+
+    folders: int  # to watch, these and all below
+    largest: list[tuple[str, ModelInfo]]  # names and headers
+    unreadable: list[str]  # why, with what to do
+
+
+def walk_models(folders: Iterable[Path]) -> WalkedModels:
+    """Look into every folder, and into the headers of the largest models."""
     seen: set[tuple[int, int]] = set()
     sizes: list[tuple[int, Path]] = []
     for top in folders:
@@ -21120,12 +21137,13 @@ def walk_models(folders: Iterable[Path]) -> tuple[int, list[tuple[str, ModelInfo
             for file in (Path(folder, name) for name in files):
                 with contextlib.suppress(OSError):  # a link that leads nowhere
                     sizes.append((file.stat().st_size, file))
-    found = []
+    found, closed = [], [file for _, file in sizes if not os.access(file, os.R_OK)]
     for size_bytes, file in heapq.nlargest(LARGEST_FILES, sizes):
         no_model = contextlib.suppress(OSError, LocalaidError)
         with no_model, file.open("rb") as opened:
             found.append((file.name, read_header(opened.fileno(), size_bytes, str(file))))
-    return len(seen), found
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return WalkedModels(len(seen), found, [f"{file}: {explain_unreadable(file, denied)}" for file in sorted(closed)])
 
 
 def examine(
@@ -21140,7 +21158,8 @@ def examine(
     limits = Path("/proc/sys/fs/inotify")
     with acting_as(unit.get("User", "")):
         found = check_folders(folders, environ, unit)
-        count, models = walk_models((*folders.models, folders.configs))
+        models, configs = walk_models(folders.models), walk_models([folders.configs])
+        found += check_readable(models.unreadable)
         read = [*check_settings(folders, settings, environ), *check_configs(folders)]
     for folder in {*folders.models, folders.state}:
         with contextlib.suppress(OSError):  # it is not there: told of above
@@ -21149,11 +21168,16 @@ def examine(
     inotify = sum(link == "anon_inode:inotify" for _, link in _open_files(Path("/proc")))
     runs = not isinstance(answer, LocalaidError)
     watches, instances = (int((limits / name).read_text()) for name in ("max_user_watches", "max_user_instances"))
-    found += check_inotify(count, watches, instances, max(0, inotify - runs * INOTIFY_USES) if os.geteuid() else 0)
+    found += check_inotify(
+        models.folders + configs.folders,
+        watches,
+        instances,
+        max(0, inotify - runs * INOTIFY_USES) if os.geteuid() else 0,
+    )
     found.append(check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)))
     overcommit = Path("/proc/sys/vm/overcommit_memory").read_text()
     locked_bytes = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    found += check_memory(given, load_memory_bytes(), models, -1 if unit else locked_bytes, overcommit)
+    found += check_memory(given, load_memory_bytes(), models.largest, -1 if unit else locked_bytes, overcommit)
     found += check_build(load_build(), Path("/proc/cpuinfo").read_text(), Path("/dev"))
     found.append(check_clock(time.time(), Path(__file__).stat().st_mtime))
     stores = (Path(store, CREDENTIAL) for store in ("/etc/credstore", "/run/credstore"))

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import msgspec
 import pytest
+from hypothesis import HealthCheck, settings
 
 import localaid
 from models import (
@@ -23,6 +24,12 @@ from models import (
 from processes import LocalaidProcess
 
 PROGRAM = Path(localaid.__file__)
+
+# Two runs of the same source try the same examples, however slow the machine is.  To look further:
+# `pytest --hypothesis-profile=search`.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("search", settings.get_profile("same"), derandomize=False, max_examples=2000)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

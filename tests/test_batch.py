@@ -166,7 +166,7 @@ EVENTS = st.lists(
 
 
 @pytest.mark.parametrize("kind", ["attention", "window", "recurrent"])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     events=EVENTS,
     cells=st.sampled_from([620, 900, 1200]),

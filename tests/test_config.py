@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import localaid
@@ -314,7 +314,6 @@ def test_problems_are_bounded() -> None:
     assert problems_of("\n".join(f"k{n}: 1" for n in range(10_000))).count("\n") == 49
 
 
-@settings(deadline=None)
 @example(b".\n\n!")
 @given(st.binary(max_size=200) | st.text("ab:-*&<>[]{}|'\"#!?%~\n\t ,.019", max_size=80).map(str.encode))
 def test_any_bytes_are_rules_or_problems(document: bytes) -> None:
@@ -338,7 +337,6 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([*KEYS, "models"]), VALUES, max_size=6))
 def test_any_values_are_rules_or_problems(document: dict[str, object]) -> None:
     """Known keys with whatever values give finished rules or problems, never another error, never NaN."""
@@ -445,7 +443,6 @@ def test_extends_itself_or_nothing_known() -> None:
     ]
 
 
-@settings(deadline=None)
 @given(st.permutations(range(6)))
 def test_extends_does_not_depend_on_order(order: list[int]) -> None:
     """Rules come out the same in whatever order they go in."""
@@ -546,6 +543,10 @@ def test_settings_by_default() -> None:
         ("- a", "s.yaml: 0: expected keys and values, got a, line 1"),
         ("api_keyz: []", "s.yaml: api_keyz: unknown key, line 1 (did you mean api_keys?)"),
         ("metrics: no", "s.yaml: metrics: expected one of key, open, off, got no, line 1"),
+        (
+            "memory: 0",
+            "s.yaml: memory: expected a size such as 8GiB or a share such as 80%, got 0: no model fits, line 1",
+        ),
         ("body_timeout: 0", "s.yaml: body_timeout: expected a duration of more than 0, line 1"),
         ("rescan: 0", "s.yaml: rescan: expected a duration of at least 1 second, line 1"),
         ("body_limit: 0", "s.yaml: body_limit: expected a size of at least 1024 bytes, line 1"),

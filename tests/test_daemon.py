@@ -24,7 +24,7 @@ import localaid
 from conftest import PROGRAM, Daemon, StartDaemon
 from localaid import ConfigErrors, Folders, Settings, check_folder, choose_folders, load_memory_bytes, load_settings
 from models import place_model, write_tiny_llama, write_tiny_lora
-from processes import is_running
+from processes import LocalaidProcess, is_running
 
 SMALL = "{ctx_size: 512, parallel: 2, threads: 1}"
 SETTINGS = {"load": {"ctx_size": 512, "parallel": 2, "threads": 1}}
@@ -289,6 +289,21 @@ def test_modes_are_told_of_with_owner_and_fix(tmp_path: Path, monkeypatch: pytes
     assert written is not None
     assert f"may not write to it ({top} has mode 0700" in str(written)
     assert str(written).endswith(f"chmod g+rwx {top}")
+
+
+def test_a_state_folder_that_is_a_file(tmp_path: Path) -> None:
+    """It is told of once, with what to do, and everything is served."""
+    state = tmp_path / "state"
+    state.touch()
+    arguments = ["serve", "--models", str(tmp_path / "models"), "--configs", str(tmp_path / "configs")]
+    process = LocalaidProcess(PROGRAM, [*arguments, "--state", str(state), "--listen", "127.0.0.1:0"])
+    process.wait_ready()
+    told = [line for line in process.lines if str(state) in line]
+    assert process.stop() == 0
+    assert len(told) == 1
+    user = localaid.user_name(os.geteuid())
+    why = f"{state}: user {user} cannot list it; {state} is no folder: move it away, or name another one"
+    assert told[0].endswith(why)
 
 
 # -- live --

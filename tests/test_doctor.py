@@ -42,6 +42,7 @@ from localaid import (
     check_inotify,
     check_memory,
     check_open_files,
+    check_readable,
     check_settings,
     check_unit,
     examine,
@@ -248,14 +249,36 @@ def test_folders_are_counted_once(tmp_path: Path, tiny_llama: Path) -> None:
     (tmp_path / "a" / "nowhere").symlink_to(tmp_path / "none")
     (tmp_path / "a" / "large.txt").write_bytes(b"x" * 10_000_000)
     place_model(tiny_llama, tmp_path / "a")
-    count, models = walk_models([tmp_path, tmp_path / "a"])
-    assert (count, [name for name, _ in models]) == (3, [tiny_llama.name])
+    walked = walk_models([tmp_path, tmp_path / "a"])
+    assert (walked.folders, [name for name, _ in walked.largest]) == (3, [tiny_llama.name])
+    assert walked.unreadable == []
+
+
+def test_models_that_may_not_be_read(tmp_path: Path, tiny_llama: Path) -> None:
+    """Whose they are and what to do; many are counted."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can act as another user")
+    for folder in (tmp_path, *tmp_path.parents[:-1]):
+        if folder.is_relative_to("/tmp"):  # noqa: S108
+            folder.chmod(folder.stat().st_mode | 0o005)
+    for number in range(7):
+        place_model(tiny_llama, tmp_path, f"{number}.gguf", copy=True).chmod(0o600)
+    with acting_as("nobody"):
+        walked = walk_models([tmp_path])
+    found = check_readable(walked.unreadable)
+    assert [finding.state for finding in found] == ["problem"] * 6
+    assert found[0].what == (
+        f"{tmp_path}/0.gguf: Permission denied for user nobody (mode 0600, owner root, group root)"
+    )
+    assert found[0].remedy == f"chgrp nogroup {tmp_path}/0.gguf && chmod g+r {tmp_path}/0.gguf"
+    assert found[-1].what == "2 more files may not be read"
+    assert check_readable([]) == []
 
 
 def test_memory(tmp_path: Path, tiny_llama: Path) -> None:
     """The budget against the largest model; what may be locked; a budget that is more than there is."""
     place_model(tiny_llama, tmp_path)
-    models = walk_models([tmp_path])[1]
+    models = walk_models([tmp_path]).largest
 
     def look(settings: Settings, available: int = GIB, locked: int = -1, overcommit: str = "0\n") -> list[str]:
         found = check_memory(settings, available, models, locked, overcommit)

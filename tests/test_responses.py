@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import localaid
@@ -376,7 +376,6 @@ def cut_answers(draw: st.DrawFn) -> tuple[list[tuple[str, str]], list[tuple[str,
     return whole, cut
 
 
-@settings(deadline=None)
 @given(cut_answers(), st.sampled_from(["stop", "length", "tool_calls"]))
 def test_an_answer_is_the_same_wherever_it_is_cut(
     answers: tuple[list[tuple[str, str]], list[tuple[str, str]]], finish: FinishReason

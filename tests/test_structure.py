@@ -108,8 +108,8 @@ LONG_SECTIONS: dict[str, tuple[int, str]] = {  # section -> (its own limit, why 
     "SUPERVISOR": (960, "one owner for each worker from its queue to its process's end"),
     "HTTP": (750, "how a request is resolved, waits, streams, and is told of"),
     "ROUTES": (500, "a row a route, and the handlers of what the daemon tells of itself"),
-    "DOCTOR": (490, "a function for each thing that is looked at"),
-    "DAEMON": (970, "every step of start, reload and stop, by name"),
+    "DOCTOR": (500, "a function for each thing that is looked at"),
+    "DAEMON": (960, "every step of start, reload and stop, by name"),
     "CLI": (780, "one function a command, and the parser of them all"),
 }
 

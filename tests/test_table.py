@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from localaid import (
@@ -604,7 +604,6 @@ def resolve_slowly(
     return None
 
 
-@settings(deadline=None)
 @given(RULES, FILES, st.sampled_from(PATHS), ASKED, LOADED)
 def test_resolve_does_what_the_design_says(
     rules: list[Rule], files: list[FileEntry], path: str, name: str, loaded: set[str]
@@ -621,7 +620,6 @@ def test_resolve_does_what_the_design_says(
             assert resolution.is_loaded == expected.is_loaded
 
 
-@settings(deadline=None)
 @given(RULES, FILES, st.sampled_from(API_PATHS) | st.text(max_size=3), st.text(max_size=5) | ASKED, LOADED)
 def test_nothing_raises(rules: list[Rule], files: list[FileEntry], path: str, name: str, loaded: set[str]) -> None:
     """Whatever the rules, the files and the request: resolve, explain, list and tell, without an exception."""
@@ -637,7 +635,6 @@ def test_nothing_raises(rules: list[Rule], files: list[FileEntry], path: str, na
         assert listing.name in table.named
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_the_order_of_rules_does_not_matter(data: st.DataObject) -> None:
     """A table is the same, and shows the same, from any order of its rules; merging again changes nothing."""
@@ -650,7 +647,6 @@ def test_the_order_of_rules_does_not_matter(data: st.DataObject) -> None:
     assert extend_rules(table.rules) == (table.rules, ())
 
 
-@settings(deadline=None)
 @given(RULES)
 def test_removing_a_user_rule_restores_what_it_hid(rules: list[Rule]) -> None:
     """With a rule of the user and without it again, the table shows what it showed."""
@@ -663,7 +659,6 @@ def test_removing_a_user_rule_restores_what_it_hid(rules: list[Rule]) -> None:
     assert views(without) == before
 
 
-@settings(deadline=None)
 @given(RULES)
 def test_a_combination_has_one_owning_layer(rules: list[Rule]) -> None:
     """After replacement each (path, name, SHA) stands in one layer only, the highest that names it."""
@@ -702,7 +697,6 @@ def play(events: list[tuple[str, Layer, bytes | None]]) -> ConfigSet:
     return configs
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_the_order_of_file_events_does_not_matter(data: st.DataObject) -> None:
     """However the events of different files interleave, table and problems end the same."""
@@ -715,7 +709,6 @@ def test_the_order_of_file_events_does_not_matter(data: st.DataObject) -> None:
     assert play(shuffled).merge() == play(events).merge()
 
 
-@settings(deadline=None)
 @given(st.lists(EVENT, max_size=6))
 def test_events_again_change_nothing(events: list[tuple[str, Layer, bytes | None]]) -> None:
     """An event that comes twice, as inotify may send it, changes nothing; nor does merging twice."""
@@ -724,7 +717,6 @@ def test_events_again_change_nothing(events: list[tuple[str, Layer, bytes | None
     assert configs.merge() == play(events).merge() == configs.merge()
 
 
-@settings(deadline=None)
 @given(st.lists(EVENT, max_size=6), st.sampled_from(DOCUMENTS[1:6]))
 def test_a_user_file_that_comes_and_goes_leaves_no_trace(
     events: list[tuple[str, Layer, bytes | None]], document: bytes
