@@ -754,13 +754,15 @@ DIRECTIVES = {
     "SocketMode": "test_units_are_what_is_installed",
     "DirectoryMode": "the folder is there before the socket",
     "RemoveOnStop": "test_the_control_socket_starts_it_and_outlives_it",
+    "DeviceAllow": "test_the_gpu_drop_in_starts_and_opens_just_that",
+    "SupplementaryGroups": "test_the_gpu_drop_in_starts_and_opens_just_that",
+    "Environment": "test_the_gpu_drop_in_starts_and_opens_just_that",
 }
 
 
 def test_every_directive_is_exercised_or_justified() -> None:
     """A directive that is added needs a test, or a reason."""
-    files = [UNITS / name for name in ("localaid.service", "localaid.socket", "localaid-control.socket")]
-    used = {key for file in files for key in re.findall(r"^(\w+)=", file.read_text(), re.MULTILINE)}
+    used = {key for file in UNITS.iterdir() for key in re.findall(r"^(\w+)=", file.read_text(), re.MULTILINE)}
     assert used == DIRECTIVES.keys()
     assert [name for name in DIRECTIVES.values() if name.startswith("test_") and name not in globals()] == []
 
@@ -809,6 +811,7 @@ def test_the_gpu_drop_in_starts_and_opens_just_that(service: Service) -> None:
     assert {"render", "video"} <= set(groups)
     assert "char-kfd rw" in service.box.show("localaid", "DeviceAllow")
     assert service.box.show("localaid", "DevicePolicy") == "closed"
+    assert "CUDA_CACHE_PATH=/var/cache/localaid/cuda" in service.box.show("localaid", "Environment")
     assert service.box.sh("systemd-analyze verify --recursive-errors=yes localaid.service") == ""
 
 
