@@ -334,6 +334,19 @@ def test_a_broken_config_keeps_its_last_good_version(
     until_names(served, "a3", there=False)
 
 
+def test_a_workers_memory_is_of_large_pages(daemon: StartDaemon, smollm2: Path) -> None:
+    """Where the system leaves it to programs: of 4 KiB pages a large KV cache has too many to know where they are."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("the kernel gives no large pages")
+    served = daemon([smollm2], {"a.yaml": "name: a\nshas: ['*']\nload: {parallel: 2, ctx_size: 8192}\nmax_tokens: 2\n"})
+    assert post(served, "a")[0] == 200
+    (worker,) = msgspec.convert(get(served, "/localaid/status"), localaid.DaemonStatus).memory.workers
+    rollup = Path(f"/proc/{worker.pid}/smaps_rollup").read_text()
+    large_kib = int(rollup.split("AnonHugePages:")[1].split()[0])
+    assert large_kib > 100 << 10  # of 180 MiB
+
+
 def test_layers_aliases_extends_and_templates_through_real_folders(daemon: StartDaemon, tiny_llama: Path) -> None:
     """What the pure sections promise, on disk."""
     served = daemon(
