@@ -347,6 +347,15 @@ def test_a_workers_memory_is_of_large_pages(daemon: StartDaemon, smollm2: Path) 
     assert large_kib > 100 << 10  # of 180 MiB
 
 
+@pytest.mark.parametrize(("load", "mapped"), [("", False), (", mmap: false", False), (", mmap: true", True)])
+def test_weights_of_a_small_file_are_copied(daemon: StartDaemon, smollm2: Path, load: str, *, mapped: bool) -> None:
+    """What is written into the file while it is served then reaches nobody's answer; `mmap: true` leaves it mapped."""
+    served = daemon([smollm2], {"a.yaml": f"name: a\nshas: ['*']\nload: {{ctx_size: 512{load}}}\nmax_tokens: 2\n"})
+    assert post(served, "a")[0] == 200
+    (worker,) = msgspec.convert(get(served, "/localaid/status"), localaid.DaemonStatus).memory.workers
+    assert (".gguf" in Path(f"/proc/{worker.pid}/maps").read_text()) is mapped
+
+
 def test_layers_aliases_extends_and_templates_through_real_folders(daemon: StartDaemon, tiny_llama: Path) -> None:
     """What the pure sections promise, on disk."""
     served = daemon(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from localaid import (
+    COPY_WEIGHTS_BYTES,
     RUN_CELLS,
     Batch,
     BatchSequence,
@@ -23,6 +24,7 @@ from localaid import (
     LoadOptions,
     Plan,
     Sampling,
+    choose_mmap,
 )
 
 if TYPE_CHECKING:
@@ -395,3 +397,24 @@ def test_marks_that_are_control_tokens(smol: Engine) -> None:
     """Only what is one token, and shows no text of its own."""
     found = smol.find_controls(["<|im_start|>", "<tool_call>", "hello", "[TOOL_CALLS]", "<|im_start|>user"])
     assert found == {"<|im_start|>": 1}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name", "size_bytes", "mapped"),
+    [
+        (None, "a.gguf", COPY_WEIGHTS_BYTES, False),
+        (None, "a.gguf", COPY_WEIGHTS_BYTES + 1, True),
+        (None, "a-00001-of-00003.gguf", 100, True),  # who knows how large the others are
+        (None, "a.gguf", None, True),  # llama.cpp tells what is wrong
+        (True, "a.gguf", 100, True),
+        (False, "a.gguf", COPY_WEIGHTS_BYTES + 1, False),
+    ],
+)
+def test_large_files_are_mapped(
+    tmp_path: Path, *, wanted: bool | None, name: str, size_bytes: int | None, mapped: bool
+) -> None:
+    """Copying takes time at a cold start; what the user says of it holds."""
+    if size_bytes is not None:
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size_bytes)
+    assert choose_mmap(wanted, str(tmp_path / name)) is mapped
