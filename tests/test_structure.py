@@ -99,7 +99,7 @@ LONG_SECTIONS: dict[str, tuple[int, str]] = {  # section -> (its own limit, why 
     "TOOLS": (1150, "seventeen formats of calls, seven of reasoning: what to look for, reader, writer, grammar"),
     "PROMPT": (850, "the guards that a stranger's template needs, and every fallback"),
     "BATCH": (770, "the planner and the prefix tree belong together: each step goes through both"),
-    "ENGINE": (740, "everything that touches a context of llama.cpp"),
+    "ENGINE": (760, "everything that touches a context of llama.cpp"),
     "CONSTRAIN": (760, "a schema is checked for what cannot be held, and GBNF is read, before either can do harm"),
     "WORKER": (640, "the two threads of a model's process share their table"),
     "FETCH": (920, "the folder of sets, the fetch of one with all that can go wrong, and who says when"),
