@@ -1797,6 +1797,12 @@ def parse_api_path(text: str) -> str:
     raise ValueError(f"no API path is called {text[:60]}", near and f"v1/{near}")
 
 
+def render_value_error(error: ValueError) -> str:
+    """Return what a parser here says of a value, and what may have been meant."""
+    problem, hint = (*error.args, None)[:2]
+    return f"{problem} (did you mean {hint}?)" if hint else str(problem)
+
+
 def parse_model_name(text: str) -> str:
     """Return a model name or glob as clients may send it.  Raises ValueError."""
     if not text.strip() or len(text) > _NAME_LIMIT or not text.isprintable():
@@ -13743,6 +13749,18 @@ def explain_unreadable(path: str | Path, error: OSError) -> str:
     return f"{reason} for user {user_name(os.geteuid())} (mode {mode:04o}, owner {owner}, group {group}); {fix}"
 
 
+def open_regular(path: str, flags: int) -> int:
+    """Open a file, as `opener` of `open`.  Raises `OSError` for a pipe too, which would hold up its reader for ever."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "not a regular file", path)
+
+
 class FolderChanges(NamedTuple):
     """What has happened in watched folders; forget what is `gone`, files or whole folders, then look at `files`."""
 
@@ -14445,7 +14463,8 @@ class ModelIndex:
             file = f"{root}/aliases.json"
             if file in changes.files or file in changes.gone or root in changes.gone or changes.full:
                 try:
-                    aliases[root] = parse_aliases(Path(file).read_bytes(), file=file)
+                    with open(file, "rb", opener=open_regular) as opened:
+                        aliases[root] = parse_aliases(opened.read(), file=file)
                 except FileNotFoundError:
                     aliases[root] = {}
                 except (OSError, ConfigErrors) as error:
@@ -14603,8 +14622,11 @@ def _stat_files(paths: Iterable[str]) -> dict[str, Stamp | None]:
         try:
             path.encode()
             status = Path(path).stat()
-        except (OSError, UnicodeEncodeError) as error:
+        except OSError as error:
             INDEX_LOG.debug("%r is passed over: %s", path, error)
+            stamps[path] = None
+        except UnicodeEncodeError:
+            INDEX_LOG.warning("%r is passed over: its name is not UTF-8; rename it", path)
             stamps[path] = None
         else:
             is_model = stat.S_ISREG(status.st_mode) and not path.endswith("/aliases.json") and not _is_ref(path)
@@ -14661,7 +14683,7 @@ def _load_manifests(paths: Iterable[str]) -> dict[str, Manifest]:
     found = {}
     for path in paths:
         if _MANIFEST.fullmatch(path):
-            with contextlib.suppress(OSError), Path(path).open("rb") as file:
+            with contextlib.suppress(OSError), open(path, "rb", opener=open_regular) as file:
                 if (manifest := parse_manifest(file.read(_MANIFEST_LIMIT_BYTES), path)) is not None:
                     found[path] = manifest
     return found
@@ -14917,22 +14939,28 @@ async def in_thread(call: Callable[[], _CallT]) -> _CallT:
 
 def load_config(file: str) -> tuple[bytes, dict[str, str]]:
     """Read one config and the templates that it names, which lie beside it.  Raises `OSError`."""
-    path = Path(file)
-    with path.open("rb") as config:
+    with open(file, "rb", opener=open_regular) as config:
         document = config.read(CONFIG_LIMIT_BYTES + 1)
     templates = {}
     for name in template_names(document):
         missing_is_told_by_parsing = contextlib.suppress(FileNotFoundError)
-        with missing_is_told_by_parsing, (path.parent / name).open(encoding="utf-8", errors="replace") as template:
+        beside = Path(file).parent / name
+        with (
+            missing_is_told_by_parsing,
+            open(beside, encoding="utf-8", errors="replace", opener=open_regular) as template,
+        ):
             templates[name] = template.read(TEMPLATE_LIMIT_BYTES)
     return document, templates
 
 
-def find_below(folder: Path) -> list[str]:
-    """Return the config files below a folder, through links, each folder once; hidden and temporary ones are not."""
+def find_below(folder: Path, on_error: Callable[[OSError], object] | None = None) -> list[str]:
+    """Return the config files below a folder, through links, each folder once; hidden and temporary ones are not.
+
+    `on_error` hears of each folder that cannot be listed.
+    """
     found: list[str] = []
     seen: set[tuple[int, int]] = set()
-    for at, folders, files in os.walk(folder, followlinks=True):
+    for at, folders, files in os.walk(folder, onerror=on_error, followlinks=True):
         with contextlib.suppress(OSError):  # gone meanwhile
             status = Path(at).stat()
             if (status.st_dev, status.st_ino) in seen:
@@ -19213,9 +19241,7 @@ def _path_in(http: web.Request) -> str:
     try:
         return parse_api_path(http.query["path"])
     except ValueError as error:
-        problem, hint = (*error.args, None)[:2]
-        near = f" (did you mean {hint}?)" if hint else ""
-        raise BadRequest(param="path", problem=f"is wrong: {problem}{near}") from error
+        raise BadRequest(param="path", problem=f"is wrong: {render_value_error(error)}") from error
 
 
 async def handle_pull(state: State, http: web.Request) -> web.StreamResponse:
@@ -19598,7 +19624,7 @@ class Folders:
 
     def layer_of(self, file: str) -> Layer:
         """Return the layer of a config file."""
-        path = file if file.startswith("/") else str(Path(file).absolute())
+        path = os.path.normpath(file if file.startswith("/") else Path(file).absolute())
         if path.startswith(f"{self.configs}/"):
             return "user"
         if path.startswith(f"{self.fetched}/"):
@@ -19610,24 +19636,27 @@ def choose_folders(arguments: argparse.Namespace, settings: Settings, environ: M
     """Choose each folder: command line, settings, systemd's directories, XDG's; the first that says."""
     home = Path(environ.get("HOME", "/root"))
 
+    def absolute(folder: str | Path) -> Path:  # without `..`: files are told apart by the folder they begin with
+        return Path(os.path.normpath(Path(folder).absolute()))
+
     def choose(systemd: str, below: str, xdg: str, default: str, xdg_below: str) -> Path:
         if environ.get(systemd):
-            return Path(environ[systemd].split(":")[0], below)
-        return Path(environ.get(xdg) or home / default, "localaid", xdg_below)
+            return absolute(Path(environ[systemd].split(":")[0], below))
+        return absolute(Path(environ.get(xdg) or home / default, "localaid", xdg_below))
 
     models = arguments.models or settings.models
     configs = arguments.configs or settings.configs
     state = arguments.state or settings.state
     beside = Path(__file__).resolve().parent / "default-configs"
     return Folders(
-        models=tuple(Path(folder).absolute() for folder in models)
+        models=tuple(absolute(folder) for folder in models)
         or (choose("STATE_DIRECTORY", "models", "XDG_DATA_HOME", ".local/share", "models"),),
-        configs=Path(configs).absolute()
+        configs=absolute(configs)
         if configs
         else choose("CONFIGURATION_DIRECTORY", "configs", "XDG_CONFIG_HOME", ".config", "configs"),
-        state=Path(state).absolute() if state else choose("CACHE_DIRECTORY", "", "XDG_STATE_HOME", ".local/state", ""),
+        state=absolute(state) if state else choose("CACHE_DIRECTORY", "", "XDG_STATE_HOME", ".local/state", ""),
         settings=choose_settings_file(arguments, environ),
-        shipped=beside if beside.is_dir() else Path(sys.prefix) / SHARED_DATA,
+        shipped=beside if beside.is_dir() else absolute(Path(sys.prefix) / SHARED_DATA),
     )
 
 
@@ -19791,6 +19820,10 @@ class ConfigLayers:
 
     def _read(self, file: str, layer: Layer) -> LoadedConfig:
         """Read and parse one file."""
+        shown = os.fsencode(file).decode("utf-8", "replace")
+        if shown != file:  # JSON could not carry it
+            problem = ConfigProblem(shown, "", "its name is not UTF-8; rename it")
+            return self.set.problems(file, layer, (problem,))
         try:
             document, templates = load_config(file)
         except OSError as error:
@@ -20004,8 +20037,6 @@ class Daemon:
         present = frozenset(file.sha256 for file in inventory.files if file.sha256 is not None)
         self.supervisor.retain(present)
         self._auto = auto_rules(inventory.files)
-        if self._folder_problems:  # perhaps it was just that
-            self._check_folders()
         self._replace_table()
 
     def _check_folders(self) -> None:
@@ -20030,6 +20061,9 @@ class Daemon:
             async for changes in batches:
                 if await asyncio.to_thread(self._layers.take, changes):
                     self._replace_table()
+                elif self._folder_problems:  # perhaps it is there again, with nothing in it
+                    self._check_folders()
+                    self._tell_status()
                 seen.set()
 
     def _replace_table(self) -> None:
@@ -20045,6 +20079,7 @@ class Daemon:
         self._targets.clear()
         self.index.want_sha1(wants_sha1(table))
         self._declare_new()
+        self._check_folders()  # what has gone may have gone with its folder, which nobody meant
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
         self._tell_status()
@@ -20887,13 +20922,19 @@ def check_configs(folders: Folders) -> list[Finding]:
 def find_configs(paths: Iterable[Path], problems: list[ConfigProblem]) -> list[str]:
     """Return the config files that `paths`, files and folders, mean; what is not there is a problem."""
     files: list[str] = []
+
+    def tell(error: OSError) -> None:
+        at = os.fsdecode(error.filename)
+        gone = isinstance(error, FileNotFoundError)
+        problems.append(ConfigProblem(at, "", "no such file or folder" if gone else explain_unreadable(at, error)))
+
     for path in paths:
-        if path.is_dir():
-            files += find_below(path)
-        elif path.exists():
-            files.append(str(path))
+        try:
+            is_folder = stat.S_ISDIR(path.stat().st_mode)
+        except OSError as error:
+            tell(error)
         else:
-            problems.append(ConfigProblem(str(path), "", "no such file or folder"))
+            files += find_below(path, tell) if is_folder else [str(path)]
     return files
 
 
@@ -21293,7 +21334,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     problems = [
         ConfigProblem(str(file), "", f"is no config: the name of one ends in {' or '.join(CONFIG_SUFFIXES)}")
         for file in named
-        if file.exists() and not file.is_dir() and file.suffix not in CONFIG_SUFFIXES
+        if os.path.isfile(file) and file.suffix not in CONFIG_SUFFIXES  # noqa: PTH113 - raises nothing, as Path's does
     ]
     settings = Settings()
     if not named or any(file.name == "localaid.yaml" for file in named) or arguments.settings:
@@ -21343,7 +21384,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
     try:
         path = parse_api_path(arguments.path)
     except ValueError as error:
-        return _fail(str(error))
+        return _fail(render_value_error(error))
     if arguments.models or arguments.configs:
         table, inventory = asyncio.run(_read_folders(arguments))
         explanation = explain(resolve(table, inventory, path, arguments.name))
@@ -21398,7 +21439,7 @@ async def _read_table(folders: Folders, index: ModelIndex) -> tuple[Table, Inven
 def _read_configs(folders: Folders) -> ConfigSet:
     """Return the configs of all layers."""
     layers = ConfigLayers(folders)
-    there = (folder for folder in (folders.configs, folders.fetched, folders.shipped) if folder.is_dir())
+    there = (folder for folder in (folders.configs, folders.fetched, folders.shipped) if os.path.isdir(folder))  # noqa: PTH112 - raises nothing
     layers.take(FolderChanges(dict.fromkeys(find_configs(there, []), "written"), set()))
     return layers.set
 
@@ -21521,7 +21562,7 @@ def run_pull(arguments: argparse.Namespace) -> int:
     try:
         path = parse_api_path(arguments.path) if arguments.path else None
     except ValueError as error:
-        return _fail(str(error))
+        return _fail(render_value_error(error))
     with show_pulls(sys.stderr) as show:
         answer = asyncio.run(_pull(arguments, path, show))
     if arguments.json:
@@ -21963,19 +22004,28 @@ def _listen_argument(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def _discard_output() -> None:
+    """Write what is left to nowhere: at exit Python would try again, and tell of it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = make_parser().parse_args(argv)
     try:
         status = int(arguments.run(arguments))
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()
     except LocalaidError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `| head` has seen enough; at exit Python would flush, and tell of it again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `| head` has seen enough
+        _discard_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:  # a full disk below the output, a folder that is closed: not a mistake of the program
+        _discard_output()
+        return _fail(f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else str(error.strerror))
     return status
 
 

@@ -206,3 +206,39 @@ def test_a_wrong_command_line_is_told_in_words(arguments: list[str], status: int
     assert result.returncode == status
     assert words in result.stdout + result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "words"),
+    [
+        ("explain v1/chatt x", 1, "no API path is called v1/chatt (did you mean v1/chat?)"),
+        ("pull x --path v1/chatt", 1, "no API path is called v1/chatt (did you mean v1/chat?)"),
+        ("check configs > /dev/full", 1, "No space left on device"),
+        ("check configs >&-", 1, ""),
+        ("demo --once --folder configs/a.yaml/x", 1, "configs/a.yaml"),
+    ],
+)
+def test_what_the_system_refuses_is_told_in_words(line: str, status: int, words: str, tmp_path: Path) -> None:
+    """A full disk below the output, a folder that cannot be: never a traceback."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "a.yaml").write_text("name: a\ntop_q: 1\n")
+    shell = f'"{sys.executable}" "{PROGRAM}" {line}'
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    result = subprocess.run(
+        ["/bin/sh", "-c", shell], capture_output=True, text=True, timeout=200, check=False, env=env, cwd=tmp_path
+    )
+    assert result.returncode == status
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Exception ignored" not in result.stderr
+
+
+def test_a_pipe_among_the_configs_is_told_of(tmp_path: Path) -> None:
+    """Nobody writes into it, and nobody waits for that; nor for one that stands for a template."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    os.mkfifo(tmp_path / "pipe.tmpl")
+    (tmp_path / "a.yaml").write_text("name: a\nshas: ['*']\ntemplate: {chat: pipe.tmpl}\n")
+    result = run("check", tmp_path, home=tmp_path)
+    assert result.returncode == 1
+    assert f"{tmp_path / 'pipe.yaml'}: not a regular file" in result.stdout
+    assert f"{tmp_path / 'a.yaml'}: not a regular file" in result.stdout

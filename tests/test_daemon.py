@@ -306,7 +306,63 @@ def test_a_state_folder_that_is_a_file(tmp_path: Path) -> None:
     assert told[0].endswith(why)
 
 
+def test_folders_are_without_detours(tmp_path: Path) -> None:
+    """The layer of a config is told by the folder that its name begins with."""
+    detour = f"{tmp_path}/x/.."
+    folders = choose_folders(
+        arguments(models=[f"{detour}/m"], configs=f"{detour}/c", state=f"{detour}/s"), Settings(), {"HOME": "/"}
+    )
+    assert (folders.models, folders.configs, folders.state) == ((tmp_path / "m",), tmp_path / "c", tmp_path / "s")
+    assert folders.layer_of(f"{tmp_path}/s/default-configs/channel/a.yaml") == "fetched"
+    assert folders.layer_of(f"{detour}/c/a.yaml") == "user"
+    of_systemd = choose_folders(arguments(), Settings(), {"HOME": "/", "CACHE_DIRECTORY": f"{detour}/s"})
+    assert of_systemd.state == tmp_path / "s"
+
+
 # -- live --
+
+
+def test_pipes_hold_nothing_up(daemon: StartDaemon, tiny_llama: Path, tmp_path: Path) -> None:
+    """Whatever a pipe is called, the next change is taken, and the daemon stops when it is told to."""
+    served = daemon([tiny_llama], {"t.yaml": "name: t\nshas: ['*']\ntemplate: {chat: t.tmpl}\n"})
+    os.mkfifo(tmp_path / "pipe")
+    for place in (served.configs / "a.yaml", served.configs / "t.tmpl", served.models / "aliases.json"):
+        place.symlink_to(tmp_path / "pipe")
+    served.process.wait_for_line(r"configs/a\.yaml: not a regular file")
+    served.process.wait_for_line(r"aliases\.json.*not a regular file|not a regular file.*aliases\.json")
+    served.write_config("b.yaml", "name: b\nshas: ['*']\n")
+    until_names(served, "b")
+    assert served.process.stop() == 0
+
+
+@pytest.mark.parametrize("part", ["configs", "models"])
+def test_a_folder_that_vanishes_is_told_of(daemon: StartDaemon, tiny_llama: Path, part: str) -> None:
+    """Its names are gone with it, and nobody would know why; when it is back, all is as before."""
+    served = daemon([tiny_llama], {"b.yaml": "name: b\nshas: ['*']\n"})
+    folder: Path = getattr(served, part)
+    folder.rename(f"{folder}.away")
+    served.process.wait_for_line(f"{folder}: .* finds no such folder")
+    until_names(served, "b", there=False)
+    status = msgspec.convert(get(served, "/localaid/status"), localaid.DaemonStatus)
+    assert [problem for problem in status.problems if str(folder) in problem]
+    Path(f"{folder}.away").rename(folder)
+    until_names(served, "b")
+    assert msgspec.convert(get(served, "/localaid/status"), localaid.DaemonStatus).problems == ()
+
+
+def test_names_that_are_not_utf8_are_told_of(daemon: StartDaemon, tiny_llama: Path) -> None:
+    """No answer of the control routes can carry one as it is."""
+    served = daemon([tiny_llama], {"b.yaml": "name: b\nshas: ['*']\n"})
+    Path(os.fsdecode(os.fsencode(served.models) + b"/mod\xe9.gguf")).symlink_to(tiny_llama)
+    served.process.wait_for_line(r"mod.*its name is not UTF-8; rename it")
+    Path(os.fsdecode(os.fsencode(served.configs) + b"/caf\xe9.yaml")).write_text("name: c\nshas: ['*']\n")
+    served.process.wait_for_line(r"caf.*its name is not UTF-8; rename it")
+    status = msgspec.convert(get(served, "/localaid/status"), localaid.DaemonStatus)
+    assert [problem for problem in status.problems if "UTF-8" in problem]
+    assert "b" in names(served)
+    assert "c" not in names(served)
+    assert get(served, "/localaid/explain?path=v1/chat&name=b")
+    assert get(served, "/localaid/list?all=1")
 
 
 def test_a_broken_config_keeps_its_last_good_version(
