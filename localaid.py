@@ -18645,12 +18645,18 @@ def _add_delta(answer: Answer, delta: Delta, stream: LogprobStream) -> None:
 # -- routes --
 
 
+REMOVED_RETRIES: Final = 8
+
+
 async def retry_removed(answer: Callable[[], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
-    """Answer a request; once more where its model's file was removed before anything was sent: the name may live on."""
-    try:
-        return await answer()
-    except ModelRemoved:
-        return await answer()
+    """Answer a request; again where its model's file was removed before anything was sent: the name may live on.
+
+    A file that is written over and over may be another one each time.
+    """
+    for _ in range(REMOVED_RETRIES):
+        with contextlib.suppress(ModelRemoved):
+            return await answer()
+    return await answer()
 
 
 async def handle_chat(state: State, http: web.Request) -> web.StreamResponse:

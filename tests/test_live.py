@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 import aiohttp
+import aiohttp.web
 import msgspec
+import pytest
 
 import localaid
 from conftest import Daemon, StartDaemon
@@ -93,3 +95,60 @@ async def test_nothing_breaks_while_everything_changes(daemon: StartDaemon, smol
                         break
         done.set()
     assert all(task.result() >= 1 for task in streams)
+
+
+async def test_a_file_that_is_written_over_breaks_no_request(daemon: StartDaemon, tmp_path: Path) -> None:
+    """`cp new.gguf models/old.gguf`: what runs ends on what it began with, what waits goes to the new content."""
+    variants = [write_tiny_llama(tmp_path / f"v{seed}.gguf", seed=seed) for seed in (1, 2)]
+    served = daemon(settings={"load": {"ctx_size": 512, "threads": 1}})
+    place, done = served.models / "swapped.gguf", asyncio.Event()
+    place.write_bytes(variants[1].read_bytes())
+
+    async def ask_on(http: aiohttp.ClientSession) -> int:
+        count = 0
+        while not done.is_set() or not count:
+            body = {
+                "model": "swapped",
+                "prompt": f"Story {count}",
+                "stream": True,
+                "max_tokens": 60,
+                "ignore_eos": True,
+            }
+            async with http.post("/v1/completions", json=body) as answer:
+                raw = await answer.read()
+            assert answer.status == 200, raw
+            assert raw.endswith(b"data: [DONE]\n\n"), raw[-300:]
+            assert b'"error"' not in raw
+            count += 1
+        return count
+
+    async with aiohttp.ClientSession(served.base_url) as http, asyncio.TaskGroup() as group:
+        await until_explained(http, "swapped", "sha256", localaid.hash_file(str(variants[1]))["sha256"])
+        streams = [group.create_task(ask_on(http)) for _ in range(STREAMS)]
+        for number in range(REPLACEMENTS):
+            place.write_bytes(variants[number % 2].read_bytes())
+            await until_explained(http, "swapped", "sha256", localaid.hash_file(str(variants[number % 2]))["sha256"])
+            async with http.post(
+                "/v1/completions", json={"model": "swapped", "prompt": "x", "max_tokens": 1}
+            ) as answer:
+                assert answer.status == 200, await answer.text()
+        done.set()
+    assert all(task.result() >= 1 for task in streams)
+
+
+async def test_a_request_follows_its_name_to_the_file_of_now() -> None:
+    """However often the file is replaced before it is loaded, within reason; what is no more is told in the end."""
+    left = 3
+
+    async def answer() -> aiohttp.web.StreamResponse:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise localaid.ModelRemoved(file="x.gguf")
+        return aiohttp.web.Response(status=204)
+
+    assert (await localaid.retry_removed(answer)).status == 204
+    left = 1000
+    with pytest.raises(localaid.ModelRemoved):
+        await localaid.retry_removed(answer)
+    assert left > 900
