@@ -2710,6 +2710,16 @@ def _extend(rule: Rule, base: Rule) -> Rule:
 # rules); the reasons in a trace are worked out when somebody asks.
 
 
+Content = tuple[int, int, int, int]  # device, inode, size in bytes, mtime in ns: which content of which file
+
+
+class WeightsFile(NamedTuple):
+    """A file that a load opens, with what it held when the inventory was made."""
+
+    path: str
+    content: Content
+
+
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A model as the table sees it: what identifies the file and what it can serve.  Made by section 13."""
 
@@ -2727,6 +2737,7 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     quantisation: str | None = None  # from the header
     title: str | None = None  # from the header: what its makers call it
     content: str = ""  # the same for all paths of one file, hashed or not; empty: not known
+    weights: tuple[WeightsFile, ...] = ()  # itself, of a split model all parts in their order; empty: not known
 
     @property
     def file_name(self) -> str:
@@ -10429,10 +10440,11 @@ STATE_FLOATS: Final = 128  # of a recurrent model, for each layer, sequence and 
 
 
 class WorkerKey(NamedTuple):
-    """What identifies a worker: rules that agree on both share it."""
+    """What identifies a worker: rules that agree on all of it share it."""
 
     sha256: str
     options: LoadOptions
+    beside: tuple[Content, ...] = ()  # what is loaded beside the file of that SHA: later parts, adapters
 
 
 def estimate_bytes(info: ModelInfo, options: LoadOptions) -> int:
@@ -10623,10 +10635,19 @@ class Lifecycle:
         self._leave(self.rows[key], now)
         return self._decide(now)
 
-    def removed(self, sha256: str, now: float) -> list[Effect]:
-        """Take note that no file has this SHA any more: what is loaded serves those that wait, then ends."""
+    def changed(self, key: WorkerKey, now: float) -> list[Effect]:
+        """Take note that a worker is gone that could not load: its files have changed since they were hashed."""
         effects: list[Effect] = []
-        for row in [row for row in self.rows.values() if row.key.sha256 == sha256]:
+        row = self.rows[key]
+        self._leave(row, now)
+        self._refuse(row, ModelRemoved(file=row.file), effects)
+        return effects + self._decide(now)
+
+    def removed(self, key: WorkerKey, now: float) -> list[Effect]:
+        """Take note that a model's files are there no more: what is loaded serves those that wait, then ends."""
+        effects: list[Effect] = []
+        row = self.rows.get(key)
+        if row is not None:
             row.draining = True
             if row.phase == "loading":  # nobody knows which file it opened
                 row.phase = "stopping"
@@ -10833,6 +10854,7 @@ class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag="load", omit_defa
     path: str
     options: LoadOptions = LoadOptions()
     lora_paths: list[tuple[str, float]] = []  # (file, scale)
+    weights: list[WeightsFile] = []  # all that is opened, adapters last; where it has changed nothing is served from it
     declared: list[Prompts] = []  # of the rules that this worker serves: what they declare is fed at once
     cache_bytes: int = 0  # of host memory for parked sequences
 
@@ -13160,6 +13182,20 @@ class Session:
 Inbox = Prepared | EmbedJob | Declare | Cancel | Stop | None  # None: the daemon has gone
 
 
+def find_changed(weights: Iterable[WeightsFile]) -> tuple[str, ...]:
+    """Return the files that do not hold any more what they did when they were listed, those that are gone included."""
+    changed = []
+    for path, content in weights:
+        try:
+            status = Path(path).stat()
+        except OSError:
+            changed.append(path)
+            continue
+        if (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) != content:
+            changed.append(path)
+    return tuple(changed)
+
+
 class Worker:
     """One model's process: the intake's inbox, the batch, the engine, and the socket to the daemon."""
 
@@ -13187,6 +13223,9 @@ class Worker:
             raise BrokenFrame(problem=f"the first frame is {type(load).__name__}, not LoadModel")
         try:
             self._engine = Engine(load, self._report_loading)
+            changed = find_changed(load.weights)
+            if changed:
+                raise EngineFailed(file=changed[0], reason="it was written to since it was hashed")
         except LocalaidError as error:
             self._send(LoadFailed(reason=str(error)))
             return 1
@@ -13706,9 +13745,9 @@ def run_worker(fd: int) -> int:
 # first; `DigestCache` remembers by (device, inode, size, mtime, ctime), so that a restart reads no file.
 # Always: an event only says where to look, what counts is the file's state then; a folder is watched before it is
 # listed, so nothing falls between; overflow, and every `rescan_s` seconds, mean looking at everything again.
-# A file is known by the bytes that were hashed: when its stamp changed meanwhile the digest is thrown away.  Several
-# paths of one content are several entries with one SHA.  A split model is one entry, under the path and SHA of its
-# first part (what is published of such a model is one SHA a part), served when all parts are whole and agree.
+# A file is known by the bytes that were hashed: when its stamp changed meanwhile the digest is thrown away, and what
+# a load finds changed is doubted and waited for.  A split model is one entry, under the path and SHA of its first part
+# (what is published of such a model is one SHA a part), served when all parts are whole and agree.
 
 INDEX_LOG: Final = logging.getLogger("localaid.index")
 
@@ -13716,6 +13755,7 @@ FileChange = Literal[
     "written",  # closed by a writer: its content may be new even if its stamp looks the same
     "appeared",  # found by a scan, moved here, linked
     "attributes",  # owner, mode, times
+    "doubted",  # found changed by who read it: perhaps somebody writes to it still
 ]
 
 
@@ -13794,6 +13834,13 @@ class FolderWatch:
         self._awaited: dict[int, dict[str, set[str]]] = {}  # watch -> name in it -> roots and links that lead there
         self._unwatched: dict[tuple[int, int], int] = {}  # (device, inode) -> what stands for a watch
         self._warned = False
+        self._doubted: set[str] = set()
+        self._readable = asyncio.Event()
+
+    def doubt(self, paths: Iterable[str]) -> None:
+        """Tell of these files in the next batch, although the kernel has said nothing of them."""
+        self._doubted.update(paths)
+        self._readable.set()
 
     @property
     def folders(self) -> int:
@@ -13825,21 +13872,22 @@ class FolderWatch:
     async def _wait_readable(self, deadline: float) -> bool:
         """Return True when there are events, False when the time for the next scan has come."""
         loop = asyncio.get_running_loop()
-        readable = asyncio.Event()
         if self._inotify is not None:
-            loop.add_reader(self._inotify.fileno(), readable.set)
+            loop.add_reader(self._inotify.fileno(), self._readable.set)
         try:
             async with asyncio.timeout_at(deadline):
-                await readable.wait()
+                await self._readable.wait()
         except TimeoutError:
             return False
         finally:
             if self._inotify is not None:
                 loop.remove_reader(self._inotify.fileno())
+        self._readable.clear()
         return True
 
     def _scan(self) -> FolderChanges:
         """Look at everything, and watch what is there now."""
+        self._doubted = set()
         before = self._folders.keys() | self._awaited.keys()
         self._folders, self._awaited, self._unwatched = {}, {}, {}
         files: dict[str, FileChange] = {}
@@ -13854,7 +13902,8 @@ class FolderWatch:
         """Return what the events that are there mean; None: look at everything again."""
         if self._inotify is None:
             return None
-        changes = FolderChanges({}, set())
+        doubted, self._doubted = self._doubted, set()
+        changes = FolderChanges(dict.fromkeys(doubted, "doubted"), set())
         for event in self._inotify.read(timeout=0):
             if event.mask & (_IN.Q_OVERFLOW | _IN.UNMOUNT):
                 INDEX_LOG.info("inotify: %s; looking at every file again", _IN.from_mask(event.mask))
@@ -14031,7 +14080,7 @@ class Stamp(NamedTuple):
         return self.device, self.inode
 
     @property
-    def content(self) -> tuple[int, int, int, int]:
+    def content(self) -> Content:
         """Which content, where moves and changes of mode were seen to be no more than that."""
         return self[:4]
 
@@ -14134,6 +14183,23 @@ _READ_BYTES: Final = (
 )  # one read: large enough that Python's share is < 1 %, small enough for the CPU's cache
 _HEAD_BYTES: Final = 64 * 1024  # first read of a header; then four times as much, until it is all there
 _RACY_NS: Final = 50_000_000  # a write so soon after another may leave the same stamp (the kernel's clock ticks)
+_FRESH_NS: Final = 60_000_000_000  # who has a file open for writing, and has not written for so long, has ended
+
+
+def has_writer(descriptor: int) -> bool:
+    """Return whether somebody has the file open for writing; False where the kernel does not tell.
+
+    It tells the owner of the file, and root, by refusing a lease (fcntl(2), F_SETLEASE), which is given back at once.
+    """
+    try:
+        fcntl.fcntl(
+            descriptor, fcntl.F_SETSIG, signal.SIGURG
+        )  # nothing, should a writer come just now; SIGIO would end us
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    return False
 
 
 def hash_file(
@@ -14182,19 +14248,21 @@ def _has_header(known: Known) -> bool:
 class HashJob:
     """Reads the header of one content, then hashes it, in steps; the loop's until submitted, then a thread's."""
 
-    def __init__(self, path: str, stamp: Stamp, known: Known, *, sha1: bool) -> None:
-        """Find out what is not `known` yet."""
+    def __init__(self, path: str, stamp: Stamp, known: Known, *, sha1: bool, change: FileChange = "appeared") -> None:
+        """Find out what is not `known` yet of a file that has come to notice by `change`."""
         self.path = path  # the loop changes it when the file is moved
         self.opened_path = path
         self.stamp: Final = stamp
         self.known = known
         self.hashed_bytes = 0
         self.racy = False  # read so soon after its last change that a further one may not show
-        self.changed = False  # no longer the content of `stamp`: what was read is void
+        self.changed = False  # no longer the content of `stamp`, or not for long: what was read is void
+        self.closed = False  # a writer has closed it since: look again, whatever comes of this
         self.failure: str | None = None
         self.cancelled = False
         self.finished = False
         self._sha1 = sha1
+        self._change = change
         self._descriptor = -1
         self._digests: dict[str, hashlib._Hash] = {}
 
@@ -14236,12 +14304,15 @@ class HashJob:
         self._descriptor = os.open(self.opened_path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self.changed = stamp_of(os.fstat(self._descriptor)).content != self.stamp.content
         self.racy = self.racy or time.time_ns() - self.stamp.ctime_ns < _RACY_NS
+        if self._change != "written" and time.time_ns() - self.stamp.mtime_ns < _FRESH_NS:
+            self.changed = self.changed or has_writer(self._descriptor)  # when it closes the file, there is an event
 
     def _read_header(self) -> None:
         try:
             info = read_header(self._descriptor, self.stamp.size_bytes, self.path)
             self.known = msgspec.structs.replace(self.known, info=info)
         except NotServable as error:
+            self.changed = self._change == "doubted"  # half written
             is_other = not is_model_format(os.pread(self._descriptor, 4, 0))
             self.known = msgspec.structs.replace(self.known, problem=error.reason, is_other=is_other)
         self.finished = not _missing_digests(self.known, sha1=self._sha1)
@@ -14350,6 +14421,7 @@ class ModelIndex:
         self._manifests: dict[str, Manifest] = {}  # by path
         self._jobs: dict[tuple[int, int], HashJob] = {}  # one a file; the loop may have given up others
         self._racy: set[tuple[int, int]] = set()  # files whose stamp may hide a change
+        self._doubted: set[str] = set()  # paths whose content is another one than is known, until they were looked at
         self._infos: dict[str, ModelInfo] = {}
         self._sha1 = False
         self._finished = IndexProgress(0, 0, 0, 0)  # jobs since there were none
@@ -14428,6 +14500,12 @@ class ModelIndex:
         self._subscribers.append(callback)
         return functools.partial(self._subscribers.remove, callback)
 
+    def doubt(self, paths: Iterable[str]) -> None:
+        """Take back what is known of these files, whose content is another one by now, and look at them again."""
+        self._doubted.update(path for path in paths if path in self._files)
+        self._watch.doubt(self._doubted)
+        self._publish()
+
     def remember(self, status: os.stat_result, digests: Mapping[str, str]) -> None:
         """Take the digests (algorithm -> hex) of a file that is about to get its name: it is not hashed again."""
         known = Known(sha256=digests.get("sha256"), sha1=digests.get("sha1"))
@@ -14487,6 +14565,7 @@ class ModelIndex:
     ) -> None:
         """Bring the files up to date."""
         self._aliases.update(aliases)
+        self._doubted.difference_update(changes.files, changes.gone)
         for path in changes.gone if not changes.full else self._files.keys() - changes.files.keys():
             below = [] if path in self._files else [known for known in self._files if known.startswith(f"{path}/")]
             for known in (path, *below):
@@ -14497,7 +14576,7 @@ class ModelIndex:
             if stamp is None:
                 self._files.pop(path, None)
             elif change != "attributes" or path in self._files:  # else just made: it counts when it is closed
-                self._take_file(path, stamp, written=change == "written", exact=changes.full)
+                self._take_file(path, stamp, change, exact=changes.full)
         latest = {stamp.identity: stamp for stamp in found.values() if stamp}
         for path, stamp in self._files.items():  # a file of two paths is told of under one only
             self._files[path] = latest.get(stamp.identity, stamp)
@@ -14506,9 +14585,9 @@ class ModelIndex:
         self._save_soon()
         self._publish_soon(_PUBLISH_S if self._jobs else 0.0)
 
-    def _take_file(self, path: str, stamp: Stamp, *, written: bool, exact: bool) -> None:
+    def _take_file(self, path: str, stamp: Stamp, change: FileChange, *, exact: bool) -> None:
         """Note a file that is there, and have read what is not known of it."""
-        identity = stamp.identity
+        identity, written = stamp.identity, change == "written"
         job = self._jobs.get(identity)
         known = self._cache.find(stamp, exact=exact or written)
         hidden = written and (job.racy if job else self._files.get(path) == stamp and identity in self._racy)
@@ -14521,18 +14600,19 @@ class ModelIndex:
             self._jobs.pop(identity).cancelled = True
         elif job:
             job.path = path
-        self._read_on(path, stamp)
+            job.closed = job.closed or written
+        self._read_on(path, stamp, change)
 
     def _is_incomplete(self, known: Known) -> bool:
         return not _has_header(known) or bool(_missing_digests(known, sha1=self._sha1))
 
-    def _read_on(self, path: str, stamp: Stamp) -> None:
+    def _read_on(self, path: str, stamp: Stamp, change: FileChange = "appeared") -> None:
         """Start a job for what is not known of a file yet, unless one runs."""
         known = self._cache.find(stamp)
         if stamp.identity not in self._jobs and self._is_incomplete(known):
             if not self._jobs:
                 self._finished = IndexProgress(0, 0, 0, 0)
-            job = self._jobs[stamp.identity] = HashJob(path, stamp, known, sha1=self._sha1)
+            job = self._jobs[stamp.identity] = HashJob(path, stamp, known, sha1=self._sha1, change=change)
             self._threads.submit(job)
 
     def _report(self, job: HashJob) -> None:
@@ -14554,8 +14634,8 @@ class ModelIndex:
         if job.failure:
             self._unreadable.update(dict.fromkeys(stamps, job.failure))
         elif job.changed:  # the event of that change starts a new job, or has found this one still there
-            if job.path != job.opened_path and job.path in stamps:
-                self._read_on(job.path, stamps[job.path])
+            if (job.path != job.opened_path or job.closed) and job.path in stamps:
+                self._read_on(job.path, stamps[job.path], "written" if job.closed else "appeared")
         else:
             for path, stamp in stamps.items():
                 self._unreadable.pop(path, None)
@@ -14583,7 +14663,9 @@ class ModelIndex:
         self._publishing = None
         start = self._loop.time()
         parts = [
-            _Part(path, stamp, self._cache.find(stamp), self._unreadable.get(path))
+            _Part(
+                path, stamp, Known() if path in self._doubted else self._cache.find(stamp), self._unreadable.get(path)
+            )
             for path, stamp in self._files.items()
         ]
         listing = _Listing(parts, self._watch.roots, self._aliases, self._manifests.values())
@@ -14789,7 +14871,7 @@ class _Listing:
                 problem = f"its parts have {total} tensors of {info.tensors_total}; they are of different models"
             info = msgspec.structs.replace(info, weights_bytes=sum(info.weights_bytes for info in infos))
         problem = problem or (serving_problem(info) if info else None)
-        self._add(first or parts[min(parts)], info, problem, tuple(parts.values()))
+        self._add(first or parts[min(parts)], info, problem, tuple(parts[number] for number in sorted(parts)))
 
     def _add(self, file: _Part, info: ModelInfo | None, problem: str | None, parts: tuple[_Part, ...] = ()) -> None:
         """Add the entry of one model or other file."""
@@ -14817,6 +14899,7 @@ class _Listing:
                 quantisation=info.quantisation if info else None,
                 title=info.name if info else None,
                 content=f"{file.stamp.device:x}:{file.stamp.inode:x}",
+                weights=tuple(WeightsFile(part.path, part.stamp.content) for part in parts or (file,)),
             )
         )
 
@@ -16813,6 +16896,11 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     info: ModelInfo
     keep_alive_s: float | None = None  # None: as the settings say; -1: for ever
 
+    @property
+    def key(self) -> WorkerKey:
+        """Which worker it goes to."""
+        return WorkerKey(self.sha256, self.load.options, tuple(file.content for file in self.load.weights[1:]))
+
 
 class FairQueue(Generic[ItemT]):
     """What waits: in turn between clients, first in first out for each."""
@@ -17450,7 +17538,21 @@ class WorkerOwner:
         else:
             self.process.send(encode_frame(self.target.load))
             self._watch_for_stall()
-        self._note_gone(await self.process.wait())
+        weights, reason = self.target.load.weights, await self.process.wait()
+        row = self._table.row(self.key)
+        changed = await asyncio.to_thread(find_changed, weights) if row and row.phase == "loading" else ()
+        if changed and not self._supervisor.is_stopping(self):
+            self._note_changed(changed)
+        else:
+            self._note_gone(reason)
+
+    def _note_changed(self, paths: Sequence[str]) -> None:
+        """Have requests look for the model anew: its files are not what was hashed, so the load was worth nothing."""
+        _SUPERVISOR_LOG.info("%s is not loaded: it was written to since it was hashed", ", ".join(paths))
+        self._clear_stall()
+        self.process = None
+        self._supervisor.on_written(paths)  # first: who asks again must not find the same
+        self._supervisor.react(self._table.changed(self.key, self._loop.time()), changed=True)
 
     def _watch_for_stall(self) -> None:
         """Give the load time for its next sign of life."""
@@ -17557,6 +17659,7 @@ class Supervisor:
         stall_s: float = DEFAULT_STALL_S,
         worker_argv: Sequence[str] | None = None,
         on_change: Callable[[], None] | None = None,
+        on_written: Callable[[Sequence[str]], None] | None = None,
         turn_s: float = TURN_S,
         backoff_s: float = BACKOFF_S,
     ) -> None:
@@ -17564,7 +17667,8 @@ class Supervisor:
 
         `budget_bytes`: memory of all workers.  `queue_size`: waiting requests of one worker.  `stall_s`: a worker that
         has requests and is silent for so long is replaced.  `worker_argv`: the command, to which `--fd N` is appended.
-        `on_change` is called when something that `status` shows has changed.
+        `on_change` is called when something that `status` shows has changed, `on_written` with files that are found to
+        hold something else than they were hashed with.
         """
         self.queue_size = queue_size
         self.keep_alive_s = keep_alive_s
@@ -17572,6 +17676,7 @@ class Supervisor:
         self.worker_argv = worker_argv or (sys.executable, "-P", "-m", Path(__file__).stem, "worker")
         self.loaded: frozenset[str] = frozenset()  # SHA-256 of the models in memory; replaced in one assignment
         self._loop = asyncio.get_running_loop()
+        self.on_written = on_written or (lambda _: None)
         self._on_change = on_change or (lambda: None)
         self.table = Lifecycle(budget_bytes, turn_s=turn_s, backoff_s=backoff_s)
         self._owners: dict[WorkerKey, WorkerOwner] = {}
@@ -17592,7 +17697,7 @@ class Supervisor:
         """
         if self._stopping:
             raise ShuttingDown
-        key = WorkerKey(target.sha256, target.load.options)
+        key = target.key
         owner = self._owners.get(key)
         if owner is None:
             owner = self._owners[key] = WorkerOwner(self, key, target)
@@ -17603,20 +17708,23 @@ class Supervisor:
         owner.submit(generation, self.queue_size)
         return generation
 
-    def drain(self, sha256: str) -> None:
-        """Take note that no file has this SHA any more: its workers serve those that wait in them, then end."""
-        self.react(self.table.removed(sha256, self._loop.time()), changed=True)
+    def drain(self, key: WorkerKey) -> None:
+        """Take note that a worker's files are there no more: it serves those that wait in it, then ends."""
+        self.react(self.table.removed(key, self._loop.time()), changed=True)
 
-    def retain(self, present: AbstractSet[str | None]) -> None:
-        """Drain every worker, loaded or not, whose SHA-256 is not among those `present`."""
-        for sha256 in {key.sha256 for key in self._owners} - present:
-            self.drain(sha256)
+    def retain(self, files: Iterable[FileEntry]) -> None:
+        """Drain every worker, loaded or not, whose SHA-256 is not among those of `files`, or what lies beside it."""
+        files = tuple(files)
+        present = {file.sha256 for file in files}
+        contents = {part.content for file in files for part in file.weights}
+        for key in [key for key in self._owners if key.sha256 not in present or not contents.issuperset(key.beside)]:
+            self.drain(key)
 
-    def declare(self, target: Target, prompts: list[Prompts]) -> None:
-        """Let the worker of `target`, where there is one, feed prompts of rules that have come since its load."""
-        owner = self._owners.get(WorkerKey(target.sha256, target.load.options))
-        if owner is not None:
-            owner.declare(prompts)
+    def declare(self, sha256: str, options: LoadOptions, prompts: list[Prompts]) -> None:
+        """Let the worker of a model, where there is one, feed prompts of rules that have come since its load."""
+        for key, owner in self._owners.items():
+            if (key.sha256, key.options) == (sha256, options):
+                owner.declare(prompts)
 
     def resize(self, budget_bytes: int) -> None:
         """Take a new memory budget."""
@@ -19859,15 +19967,15 @@ class Daemon:
         self._reload_due = False  # SIGHUP came before that
         self._has_settings = folders.settings.exists()  # then it is an error where they are gone
         self.responses = ResponseStore(keep_s=RESPONSES_KEPT_S, count=RESPONSES_KEPT, size_bytes=RESPONSES_KEPT_BYTES)
+        threads, rescan_s = settings.hash_threads, settings.rescan_s
+        self.index = ModelIndex(folders.models, state=folders.state, rescan_s=rescan_s, hash_threads=threads)
         self.supervisor = Supervisor(
             budget_bytes=_budget_bytes(settings.memory),
             queue_size=settings.queue_size,
             keep_alive_s=settings.keep_alive_s,
             stall_s=settings.stall_s,
             on_change=self._tell_soon,
-        )
-        self.index = ModelIndex(
-            folders.models, state=folders.state, rescan_s=settings.rescan_s, hash_threads=settings.hash_threads
+            on_written=self.index.doubt,
         )
         self.puller = Puller(
             folders.models,
@@ -19936,10 +20044,12 @@ class Daemon:
         if target is None:
             options = self._load_options(rule)
             sha256 = file.sha256 or ""
+            adapters = [self._find_adapter(rule, lora) for lora in options.lora]
             load = LoadModel(
                 path=file.path,
                 options=options,
-                lora_paths=[(self._adapter_path(rule, lora), lora.scale) for lora in options.lora],
+                lora_paths=[(one.path, lora.scale) for one, lora in zip(adapters, options.lora, strict=True)],
+                weights=[part for one in (file, *adapters) for part in one.weights],
                 declared=self._declared_prompts(file, options),
                 cache_bytes=self.settings.prompt_cache_bytes,
             )
@@ -19952,11 +20062,11 @@ class Daemon:
         """Return how a worker loads for a rule; pooling goes with each request, so that it costs no second worker."""
         return msgspec.structs.replace(merge_load(rule.load, self.settings.load), pooling=None)
 
-    def _adapter_path(self, rule: Rule, lora: Lora) -> str:
+    def _find_adapter(self, rule: Rule, lora: Lora) -> FileEntry:
         files = self.inventory.find(lora.sha)
         if not files:
             raise AdapterMissing(rule=rule.name, sha=lora.sha)
-        return files[0].path
+        return files[0]
 
     def _declared_prompts(self, file: FileEntry, options: LoadOptions) -> list[Prompts]:
         """Return the prompts that rules declare for one worker."""
@@ -20040,8 +20150,7 @@ class Daemon:
 
     def _take_inventory(self, inventory: Inventory) -> None:
         """Take a new inventory: workers of what is gone drain, rules of what has come join."""
-        present = frozenset(file.sha256 for file in inventory.files if file.sha256 is not None)
-        self.supervisor.retain(present)
+        self.supervisor.retain(inventory.files)
         self._auto = auto_rules(inventory.files)
         self._replace_table()
 
@@ -20100,10 +20209,7 @@ class Daemon:
             prompts = [one for one in self._declared_prompts(entry, worker.options) if one not in known]
             if prompts:
                 known.update(prompts)
-                load = LoadModel(path=entry.path, options=worker.options)
-                self.supervisor.declare(
-                    Target(sha256=worker.sha256, file=entry.relative, load=load, info=ModelInfo()), prompts
-                )
+                self.supervisor.declare(worker.sha256, worker.options, prompts)
 
     def reload_settings(self) -> None:
         """Take the settings file anew (SIGHUP); what is broken changes nothing."""

@@ -147,14 +147,16 @@ def write_tiny_llama(
     embedding_length: int = 64,
     block_count: int = 2,
     metadata: Mapping[str, str | int | float] | None = None,
+    part_tensors: int = 0,
 ) -> Path:
     """Write a llama model with random weights; another `seed` gives another SHA.
 
-    `metadata` are further keys of the header, such as `general.size_label`.
+    `metadata` are further keys of the header, such as `general.size_label`.  With `part_tensors` it is split into files
+    of so many tensors, named as llama.cpp wants it.
     """
     heads, kv_heads, feed_forward = 4, 2, 2 * embedding_length
     head = embedding_length // heads
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=part_tensors)
     _add_header(
         writer,
         name=name,

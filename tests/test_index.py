@@ -207,7 +207,7 @@ async def test_a_rewrite_within_one_tick_of_the_clock_is_seen(models: Path) -> N
         same = localaid.stamp_of((models / "a.gguf").stat())
         index._racy.add(same.identity)  # as if it had been hashed, wrongly, within the tick of its last change
         index._cache.put(same, localaid.Known(sha256="0" * 64, info=index.info(sha256(second))))
-        index._take_file(str(models / "a.gguf"), same, written=True, exact=False)
+        index._take_file(str(models / "a.gguf"), same, "written", exact=False)
         index._publish_soon()
         await index.wait_until(lambda _: not index.hashing)
         assert (await known(index, "a.gguf")).sha256 == sha256(second)
@@ -230,6 +230,58 @@ async def test_a_copy_in_progress_is_never_served(models: Path) -> None:
             assert not [file for file in offers if file.relative == "a.gguf"]
             file.write(content[len(content) // 2 :])
         await known(index, "a.gguf", sha256(content))
+
+
+async def test_a_file_that_is_written_to_unseen_is_doubted(models: Path) -> None:
+    """In place, and not closed yet: once somebody has found it changed nothing is known of it until it is whole."""
+    first, second = write_gguf(models / "a.gguf", "one", rows=64), write_gguf(models.parent / "b.gguf", "two", rows=64)
+    async with running(models) as index:
+        await known(index, "a.gguf", sha256(first))
+        problems: list[str | None] = []
+        index.subscribe(lambda inventory: problems.extend(file.problem for file in inventory.files))
+        with (models / "a.gguf").open("r+b") as file:
+            file.truncate(100)  # its header is broken now
+            index.doubt([str(models / "a.gguf"), "/never/heard/of.gguf"])
+            entry = entry_of(index.inventory, "a.gguf")
+            assert entry is not None
+            assert entry.sha256 is None, "at once: who asks again must not find what is no more"
+            write_gguf(models / "marker.gguf")
+            await known(index, "marker.gguf")
+            await index.wait_until(lambda _: not index.hashing)
+            entry = entry_of(index.inventory, "a.gguf")
+            assert entry is not None
+            assert (entry.sha256, entry.problem) == (None, None)
+            file.write(second)
+        await known(index, "a.gguf", sha256(second))
+        assert set(problems) == {None}
+
+
+async def test_a_file_that_is_doubted_for_nothing(models: Path) -> None:
+    """It is known again as soon as it was looked at."""
+    content = write_gguf(models / "a.gguf")
+    async with running(models) as index:
+        await known(index, "a.gguf", sha256(content))
+        index.doubt([str(models / "a.gguf")])
+        assert not index._infos
+        await known(index, "a.gguf", sha256(content))
+
+
+async def test_a_file_that_is_being_written_at_the_start(models: Path) -> None:
+    """Its full size and a whole header say nothing: it is read when its writer has closed it."""
+    content = write_gguf(models / "a.gguf", rows=64)
+    with (models / "a.gguf").open("r+b") as file:
+        if not localaid.has_writer(os.open(models / "a.gguf", os.O_RDONLY)):
+            pytest.skip("this file system tells nobody of writers")
+        async with running(models) as index:
+            write_gguf(models / "marker.gguf")
+            await known(index, "marker.gguf")
+            entry = entry_of(index.inventory, "a.gguf")
+            assert entry is not None
+            assert (entry.sha256, entry.problem) == (None, None)
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+            file.close()
+            await known(index, "a.gguf", sha256(content[:-1] + b"x"))
 
 
 async def test_a_file_cut_short_is_listed_and_served_once_it_is_whole(models: Path) -> None:

@@ -390,7 +390,7 @@ def test_removed_file_drains_its_worker() -> None:
     table = make()
     load(table, A, 0)
     ask(table, A, 1)
-    assert table.removed(A.sha256, 2) == []
+    assert table.removed(A, 2) == []
     table.started(A, 3)
     assert table.finished(A, KEEP_S, 4, served=True) == [EndWorker(A, "its file is gone")]
     table.ended(A, 5)
@@ -401,13 +401,24 @@ def test_removed_file_refuses_who_waits_for_a_load() -> None:
     """Not loaded, or half loaded from nobody knows which file: the request may look for another."""
     table = make()
     ask(table, A, 0)
-    end, refuse = table.removed(A.sha256, 1)
+    end, refuse = table.removed(A, 1)
     assert end == EndWorker(A, "a.gguf was removed")
     assert isinstance(refuse, RefuseWaiting)
     assert isinstance(refuse.error, ModelRemoved)
     table.ended(A, 2)
     assert not table.rows
     assert ask(table, A, 3) == [StartWorker(A)], "the file has come back"
+
+
+def test_a_changed_file_is_no_failure() -> None:
+    """Who waits may look for the model anew, and the next load begins at once."""
+    table = make()
+    ask(table, A, 0)
+    (refuse,) = table.changed(A, 1)
+    assert isinstance(refuse, RefuseWaiting)
+    assert isinstance(refuse.error, ModelRemoved)
+    assert not table.rows
+    assert ask(table, A, 1) == [StartWorker(A)]
 
 
 # -- estimates --
@@ -575,7 +586,7 @@ class World(RuleBasedStateMachine):
     @rule(key=st.sampled_from(list(SIZES)))
     def remove(self, key: WorkerKey) -> None:
         """A file is deleted."""
-        self.apply(self.table.removed(key.sha256, self.now))
+        self.apply(self.table.removed(key, self.now))
 
     @rule(seconds=st.floats(0, 100))
     def pass_time(self, seconds: float) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import localaid
 from conftest import Daemon, StartDaemon
-from models import write_tiny_llama
+from models import place_model, write_tiny_llama
 
 STREAMS, EDITS, REPLACEMENTS = 8, 200, 20
 NAME = "smollm2-135m-instruct"
@@ -134,6 +134,59 @@ async def test_a_file_that_is_written_over_breaks_no_request(daemon: StartDaemon
                 assert answer.status == 200, await answer.text()
         done.set()
     assert all(task.result() >= 1 for task in streams)
+
+
+async def complete(http: aiohttp.ClientSession, name: str) -> tuple[int, str]:
+    """Ask for a completion; return status and text, or the error's code."""
+    body = {"model": name, "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    async with http.post("/v1/completions", json=body) as answer:
+        found = json.loads(await answer.read())
+    return answer.status, found["choices"][0]["text"] if answer.status == 200 else found["error"]["code"]
+
+
+@pytest.mark.parametrize("shortened", [True, False])
+async def test_a_file_that_is_written_in_place_is_waited_for(
+    daemon: StartDaemon, tmp_path: Path, *, shortened: bool
+) -> None:
+    """`rsync --inplace`: nobody gets an answer of two halves, and who asks meanwhile gets that of the new file."""
+    old, new = [write_tiny_llama(tmp_path / f"v{seed}.gguf", seed=seed) for seed in (1, 2)]
+    served = daemon({"new.gguf": new}, settings={"load": {"ctx_size": 512, "threads": 1}})
+    place, content = place_model(old, served.models, "swapped.gguf", copy=True), new.read_bytes()
+    async with aiohttp.ClientSession(served.base_url) as http:
+        await until_explained(http, "swapped", "sha256", localaid.hash_file(str(old))["sha256"])
+        with place.open("r+b") as file:
+            if shortened:
+                file.truncate(1000)
+            file.write(content[: len(content) // 2])
+            file.flush()
+            asking = asyncio.create_task(complete(http, "swapped"))
+            await asyncio.to_thread(served.process.wait_for_line, "is not loaded: it was written to")
+            assert not asking.done()
+            file.write(content[len(content) // 2 :])
+        answered = await asking
+        assert answered == await complete(http, "new")
+        assert answered[0] == 200
+
+
+async def test_a_part_that_is_replaced_is_served(daemon: StartDaemon, tmp_path: Path) -> None:
+    """A split model is as new as its newest part, although its SHA is that of the first one."""
+    served = daemon(settings={"load": {"ctx_size": 512, "threads": 1}})
+    for seed in (1, 2):
+        (tmp_path / f"{seed}").mkdir()
+        write_tiny_llama(tmp_path / f"{seed}" / "big.gguf", seed=seed, part_tensors=12)
+    names = [f"big-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for name in names:
+        place_model(tmp_path / "1" / name, served.models, name, copy=True)
+    sha256 = localaid.hash_file(str(served.models / names[0]))["sha256"]
+    async with aiohttp.ClientSession(served.base_url) as http:
+        await until_explained(http, "big", "sha256", sha256)
+        before = await complete(http, "big")
+        place_model(tmp_path / "2" / names[1], served.models, names[1], copy=True)
+        await asyncio.to_thread(served.process.wait_for_line, "leaves memory: its file is gone")
+        after = await complete(http, "big")
+        assert (await explained(http, "big")).sha256 == sha256
+    assert (before[0], after[0]) == (200, 200)
+    assert before != after
 
 
 async def test_a_request_follows_its_name_to_the_file_of_now() -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -230,9 +231,9 @@ async def test_together_in_one_write(bench: Bench) -> None:
 async def test_declared_prompts_reach_a_loaded_worker(bench: Bench) -> None:
     """And without a worker they are nobody's concern."""
     target = bench.target()
-    bench.supervisor.declare(target, [])
+    bench.supervisor.declare(target.sha256, target.load.options, [])
     await read(bench.ask(target, "say 1"))
-    bench.supervisor.declare(target, [])
+    bench.supervisor.declare(target.sha256, target.load.options, [])
     assert await read(bench.ask(target, "log")) == "say 1|declare|log"
 
 
@@ -528,7 +529,7 @@ async def test_removed_file_drains(bench: Bench) -> None:
     held = [bench.ask(target, "hold") for _ in range(2)]
     waiting = bench.ask(target, "say 1")
     await first(held[1])
-    bench.supervisor.drain(target.sha256)
+    bench.supervisor.drain(target.key)
     assert bench.supervisor.loaded == frozenset(), "no new request is sent there"
     for generation in held:
         generation.close()
@@ -536,13 +537,57 @@ async def test_removed_file_drains(bench: Bench) -> None:
     await bench.until(lambda: not bench.workers)
 
 
+def weights_of(path: Path) -> localaid.WeightsFile:
+    """Return a file as it is now."""
+    return localaid.WeightsFile(str(path), localaid.stamp_of(path.stat()).content)
+
+
+@pytest.mark.parametrize("script", ["refuse", "crash"])
+async def test_a_load_from_a_file_that_has_changed_is_no_failure(bench: Bench, script: str) -> None:
+    """Whoever the worker blames: the index hears of it first, then those that wait may look for the model anew."""
+    target = bench.target(script)
+    path = Path(target.load.path)
+    load = msgspec.structs.replace(target.load, weights=[weights_of(path)])
+    target = msgspec.structs.replace(target, load=load)
+    os.utime(path, (1, 1))
+    heard: list[tuple[str, ...]] = []
+    generation = bench.ask(target, "say 1")
+    bench.supervisor.on_written = lambda paths: heard.append((*paths, str(generation.error)))
+    with pytest.raises(ModelRemoved):
+        await read(generation)
+    assert heard == [(str(path), "None")]
+    assert not bench.workers, "nothing is held against the next one"
+
+
+async def test_a_part_that_is_replaced_means_another_worker(bench: Bench) -> None:
+    """A model is more than the file of its SHA: what lies beside it, its further parts and adapters, counts too."""
+    target, part = bench.target(), bench.folder / "part2.gguf"
+    keys, entries = [], []
+    for content in ("one", "other"):
+        part.write_text(content, encoding="utf-8")
+        weights = (weights_of(Path(target.load.path)), weights_of(part))
+        entries.append(
+            localaid.FileEntry(path=target.load.path, relative="m.gguf", sha256=target.sha256, weights=weights)
+        )
+        load = msgspec.structs.replace(target.load, weights=list(weights))
+        keys.append(msgspec.structs.replace(target, load=load))
+    assert await read(bench.ask(keys[0], "say 1")) == "0 "
+    pid = bench.workers[0].pid
+    bench.supervisor.retain(entries[:1])
+    assert bench.workers[0].state == "loaded"
+    bench.supervisor.retain(entries[1:])
+    assert await read(bench.ask(keys[1], "say 1")) == "0 "
+    await bench.until(lambda: len(bench.workers) == 1)
+    assert bench.workers[0].pid != pid
+
+
 async def test_removed_file_while_loading(bench: Bench) -> None:
     """Who waits is told to look for another model; the process is ended."""
     target = bench.target("stuck")
     generation = bench.ask(target, "say 1")
-    bench.supervisor.retain({target.sha256, None})
+    bench.supervisor.retain([localaid.FileEntry(path="/m.gguf", relative="m.gguf", sha256=target.sha256)])
     assert not generation.error
-    bench.supervisor.retain({None})
+    bench.supervisor.retain([localaid.FileEntry(path="/m.gguf", relative="m.gguf", sha256=None)])
     with pytest.raises(ModelRemoved):
         await read(generation)
     await bench.until(lambda: not bench.workers)
@@ -606,7 +651,7 @@ async def test_chaos_leaves_nobody_behind(tmp_path: Path, one_gigabyte: int) -> 
         async with asyncio.timeout(2 * LIMIT_S):
             for number in range(0, 80, 10):
                 outcomes += await asyncio.gather(*(one_client(number + place) for place in range(10)), releases(bench))
-                bench.supervisor.drain(chance.choice(targets).sha256)
+                bench.supervisor.drain(chance.choice(targets).key)
         outcomes = [outcome for outcome in outcomes if outcome != "released"]
         assert set(outcomes) <= {"complete", "cancelled", "WorkerDied", "ModelFailed", "ModelRemoved"}
         assert {"complete", "cancelled", "WorkerDied"} <= set(outcomes)

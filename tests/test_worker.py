@@ -61,6 +61,7 @@ from localaid import (
     encode_frame,
     error_from_wire,
 )
+from models import place_model
 
 GREEDY = Sampling(temperature=0.0, max_tokens=16)
 OPTIONS = LoadOptions(threads=2, ctx_size=1024, parallel=4)
@@ -449,6 +450,23 @@ def test_a_broken_file_is_reported_and_the_worker_ends(tmp_path: Path) -> None:
             pass
         assert isinstance(message, LoadFailed)
         assert str(file) in message.reason
+        assert end.process.wait(30) == 1
+
+
+def test_a_file_that_is_not_what_was_hashed_is_not_served(tiny_llama: Path, tmp_path: Path) -> None:
+    """Whether it changed before the load or during it: nobody gets answers under another file's SHA."""
+    file, gone = place_model(tiny_llama, tmp_path, "m.gguf", copy=True), tmp_path / "gone.gguf"
+    weights = [localaid.WeightsFile(str(file), localaid.stamp_of(file.stat()).content)]
+    assert localaid.find_changed(weights) == ()
+    assert localaid.find_changed([*weights, weights[0]._replace(path=str(gone))]) == (str(gone),)
+    os.utime(file, (1, 1))
+    assert localaid.find_changed(weights) == (str(file),)
+    with start() as end:
+        end.send(LoadModel(path=str(file), options=LoadOptions(ctx_size=256), weights=weights))
+        while isinstance(message := end.next(), Loading):
+            pass
+        assert isinstance(message, LoadFailed)
+        assert "written to since it was hashed" in message.reason
         assert end.process.wait(30) == 1
 
 
