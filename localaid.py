@@ -1607,9 +1607,10 @@ class _Kind(NamedTuple):
 class _Reader:
     """Reads the nodes of one file and notes each problem with its place."""
 
-    def __init__(self, file: str, templates: Mapping[str, str]) -> None:
+    def __init__(self, file: str, templates: Mapping[str, str], faults: Mapping[str, str] | None = None) -> None:
         self.file = file
         self.templates = templates  # file name -> text
+        self.faults = faults or {}  # file name -> what is wrong with the text
         self.template_names: set[str] = set()  # that the config asks for
         self.problems: list[ConfigProblem] = []
         self._visits = 0
@@ -1713,6 +1714,8 @@ class _Reader:
         self.template_names.add(name)
         if name not in self.templates:
             self.fail(node, keys, f"there is no readable {name} beside this config", find_nearest(name, self.templates))
+        elif name in self.faults:
+            self.fail(node, keys, f"{name} is no template ({self.faults[name]})")
         return self.templates.get(name)
 
 
@@ -2456,13 +2459,19 @@ def render_setting_size(size_bytes: int) -> str:
 
 
 def parse_config(
-    document: bytes, *, file: str, layer: Layer, templates: Mapping[str, str] | None = None
+    document: bytes,
+    *,
+    file: str,
+    layer: Layer,
+    templates: Mapping[str, str] | None = None,
+    faults: Mapping[str, str] | None = None,
 ) -> tuple[Rule, ...]:
     """Return the rules of all YAML documents in one file, in order; an empty file has none.
 
-    `templates` holds the text of each file that `template_names` asks for.  Raises `ConfigErrors` with every problem.
+    `templates` holds the text of each file that `template_names` asks for, `faults` what is wrong with some of them.
+    Raises `ConfigErrors` with every problem.
     """
-    reader = _Reader(file, templates or {})
+    reader = _Reader(file, templates or {}, faults)
     rules = _read_rules(reader, document, layer)
     reader.raise_problems()
     return rules
@@ -3026,9 +3035,14 @@ class LoadedConfig(msgspec.Struct, frozen=True):
 class ConfigSet:
     """The configs of all layers but `auto`; each change makes a new set, the old one stays as it is."""
 
-    def __init__(self, files: Mapping[tuple[Layer, str], LoadedConfig] | None = None) -> None:
-        """Hold `files`, (layer, file name) -> config."""
+    def __init__(
+        self,
+        files: Mapping[tuple[Layer, str], LoadedConfig] | None = None,
+        settled: Mapping[tuple[Layer, str], tuple[Rule, ...]] | None = None,
+    ) -> None:
+        """Hold `files`, (layer, file name) -> config; and the rules of those that were `settled`, finished."""
         self.files: Final = dict(files or {})
+        self.settled: Final = dict(settled or {})
 
     def put(
         self, file: str, layer: Layer, document: bytes | None, templates: Mapping[str, str] | None = None
@@ -3039,14 +3053,44 @@ class ConfigSet:
     def put_all(self, changes: Mapping[tuple[Layer, str], LoadedConfig | None]) -> ConfigSet:
         """Return the set with what `read` and `problems` made of several files; None: it is gone."""
         merged = {**self.files, **changes}
-        return ConfigSet({key: config for key, config in merged.items() if config is not None})
+        return ConfigSet({key: config for key, config in merged.items() if config is not None}, self.settled)
+
+    def settle(self) -> ConfigSet:
+        """Return the set that knows its rules as they are now: where an `extends` breaks later, the file keeps them.
+
+        A mistake in what a config extends, or the end of that, is not always in the config's own file.
+        """
+        rules, _, lame = self._extended
+        files: dict[tuple[Layer, str], list[Rule]] = {}
+        for rule in rules:
+            files.setdefault((rule.layer, rule.file), []).append(rule)
+        return ConfigSet(self.files, {key: tuple(rules) for key, rules in files.items() if key not in lame})
+
+    @functools.cached_property
+    def _extended(self) -> tuple[tuple[Rule, ...], tuple[ConfigProblem, ...], AbstractSet[tuple[Layer, str]]]:
+        """The finished rules, in canonical order; what is wrong with `extends`; files that lack a rule for it."""
+        given = [rule for key in sorted(self.files) for rule in self.files[key].rules]
+        rules, problems = extend_rules(given)
+        if not problems:
+            return rules, (), set()
+        finished = set(map(rule_order, rules))
+        broken = {(rule.layer, rule.file) for rule in given if rule_order(rule) not in finished}
+        stay = broken & self.settled.keys()
+        others = (rule for rule in rules if (rule.layer, rule.file) not in stay)
+        kept = (rule for key in stay for rule in self.settled[key])
+        return tuple(sorted((*others, *kept), key=rule_order)), problems, broken - stay
 
     def read(
-        self, file: str, layer: Layer, document: bytes, templates: Mapping[str, str] | None = None
+        self,
+        file: str,
+        layer: Layer,
+        document: bytes,
+        templates: Mapping[str, str] | None = None,
+        faults: Mapping[str, str] | None = None,
     ) -> LoadedConfig:
         """Return what a new content of one file means; a broken one keeps its last good rules."""
         try:
-            return LoadedConfig(parse_config(document, file=file, layer=layer, templates=templates))
+            return LoadedConfig(parse_config(document, file=file, layer=layer, templates=templates, faults=faults))
         except ConfigErrors as errors:
             return self.problems(file, layer, errors.problems)
 
@@ -3056,9 +3100,8 @@ class ConfigSet:
 
     def merge(self, auto: Iterable[Rule] = ()) -> tuple[Table, tuple[ConfigProblem, ...]]:
         """Return the table of all last good rules and those of layer `auto`, and every problem."""
-        configs = [self.files[key] for key in sorted(self.files)]
-        rules, problems = extend_rules(rule for config in configs for rule in config.rules)
-        noted = (problem for config in configs for problem in config.problems)
+        rules, problems, _ = self._extended
+        noted = (problem for key in sorted(self.files) for problem in self.files[key].problems)
         return build_table((*rules, *adopt_defaults(auto, rules))), (*noted, *problems)
 
 
@@ -9164,8 +9207,23 @@ def check_template(source: str, label: str) -> None:
     _ChatTemplate(source, label)
 
 
+def find_template_faults(templates: Mapping[str, str]) -> dict[str, str]:
+    """Return name -> problem of those of the templates (name -> source) that cannot be compiled."""
+    return {name: fault for name, source in templates.items() if (fault := _find_fault(source)) is not None}
+
+
+@functools.lru_cache(maxsize=256)  # many configs may share a template
+def _find_fault(source: str) -> str | None:
+    try:
+        check_template(source, "")
+    except TemplateFailed as error:
+        return error.problem
+    return None
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+    line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+    return line + (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _count_chars(value: object) -> int:
@@ -19929,7 +19987,7 @@ class ConfigLayers:
         for file in sorted(changed - (gone - changes.files.keys())):
             layer = self._folders.layer_of(file)
             found[layer, file] = self._read(file, layer)
-        self.set = self.set.put_all(found)
+        self.set = self.set.put_all(found).settle()
         return bool(gone or changed)
 
     def _read(self, file: str, layer: Layer) -> LoadedConfig:
@@ -19945,7 +20003,7 @@ class ConfigLayers:
             return self.set.problems(file, layer, (ConfigProblem(file, "", explain_unreadable(file, error)),))
         names = template_names(document)
         self._uses[file] = frozenset(os.path.join(os.path.dirname(file), name) for name in names)  # noqa: PTH118, PTH120 (2,000 files)
-        return self.set.read(file, layer, document, templates)
+        return self.set.read(file, layer, document, templates, find_template_faults(templates))
 
 
 class Daemon:
@@ -20141,7 +20199,7 @@ class Daemon:
             parts.append(f"error in {self.folders.settings}, using the last good settings")
         if self._key_problems:
             parts.append("error in the API keys, using the last good ones")
-        good = {rule.file for rule in self.table.rules} if self._problems else set()
+        good = {file for _, file in self._layers.set.settled}
         for file in sorted({problem.file for problem in self._problems}):
             parts.append(f"config error in {file}, {'using the last good one' if file in good else 'leaving it out'}")
         return ", ".join(parts)
@@ -20184,7 +20242,7 @@ class Daemon:
     def _replace_table(self) -> None:
         """Put a new table in force, from the last good rules of all layers."""
         table, problems = self._layers.set.merge(self._auto)
-        good = {rule.file for rule in table.rules} if problems else set()
+        good = {file for _, file in self._layers.set.settled}
         for problem in problems:
             if problem not in self._problems:
                 what = "the last good version stays in force" if problem.file in good else "it is left out"

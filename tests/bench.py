@@ -1032,7 +1032,7 @@ for number in range(500):
 configs.merge()
 changed = b"name: user-0\\nshas: [user-0.gguf]\\ntemperature: 0.6\\n"
 began = time.process_time()
-configs.put_all(dict([read(configs, "user", "user-0.yaml", changed)])).merge()
+configs.put_all(dict([read(configs, "user", "user-0.yaml", changed)])).settle().merge()
 print(json.dumps([1000 * loaded_s, size, 1000 * (time.process_time() - began)]))
 """
 

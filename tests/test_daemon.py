@@ -93,6 +93,17 @@ def until_names(served: Daemon, name: str, *, there: bool = True) -> None:
         assert time.monotonic() < deadline, (name, names(served), served.log)
 
 
+def rendered(served: Daemon, name: str) -> str:
+    """Return what a rule makes of a chat."""
+
+    async def ask() -> str:
+        body = {"model": name, "messages": [{"role": "user", "content": "x"}]}
+        async with aiohttp.ClientSession(served.base_url) as http, http.post("/apply-template", json=body) as answer:
+            return str(json.loads(await answer.read())["prompt"])
+
+    return asyncio.run(ask())
+
+
 def post(served: Daemon, name: str, prompt: str = "x", max_tokens: int = 2) -> tuple[int, dict[str, object]]:
     """Ask for a completion; return status and answer."""
 
@@ -386,6 +397,15 @@ def test_a_broken_config_keeps_its_last_good_version(
     served.write_config("a.yaml", f"name: a3\nshas: ['*']\nload: {SMALL}\n")
     until_names(served, "a3")
     assert "a" not in names(served)
+    served.write_config("c.yaml", f"name: c\nextends: b\nshas: ['*']\nload: {SMALL}\n")
+    until_names(served, "c")
+    served.write_config("b.yaml", f"name: renamed\nshas: ['*']\nload: {SMALL}\n")
+    served.process.wait_for_line(
+        r"c\.yaml: extends: no other config .* named b, line 1; the last good version stays in force"
+    )
+    assert {"c", "renamed"} <= names(served)
+    status = msgspec.convert(get(served, "/localaid/status"), localaid.DaemonStatus)
+    assert "c.yaml, using the last good one" in status.state
     (served.configs / "a.yaml").unlink()
     until_names(served, "a3", there=False)
 
@@ -410,6 +430,21 @@ def test_weights_of_a_small_file_are_copied(daemon: StartDaemon, smollm2: Path, 
     assert post(served, "a")[0] == 200
     (worker,) = msgspec.convert(get(served, "/localaid/status"), localaid.DaemonStatus).memory.workers
     assert (".gguf" in Path(f"/proc/{worker.pid}/maps").read_text()) is mapped
+
+
+def test_a_broken_template_keeps_its_last_good_version(daemon: StartDaemon, tiny_llama: Path) -> None:
+    """It is compiled when it is saved, not when the first request comes."""
+    config = f"name: a\nshas: ['*']\nload: {SMALL}\ntemplate: {{chat: chat.jinja}}\n"
+    served = daemon([tiny_llama], {"a.yaml": config, "chat.jinja": "Good {{ messages[0].content }}"})
+    for broken, why in (("Bad {% if %}", "Expected an expression"), ("{{ messages | unheard_of }}", "No filter named")):
+        served.write_config("chat.jinja", broken)
+        told = rf"template\.chat: chat\.jinja is no template \(line 1: {why}.*\), line 4; the last good version stays"
+        served.process.wait_for_line(told)
+        assert rendered(served, "a") == "Good x"
+    served.write_config("chat.jinja", "Better {{ messages[0].content }}")
+    deadline = time.monotonic() + 60
+    while rendered(served, "a") != "Better x":
+        assert time.monotonic() < deadline, served.log
 
 
 def test_layers_aliases_extends_and_templates_through_real_folders(daemon: StartDaemon, tiny_llama: Path) -> None:

@@ -539,6 +539,44 @@ def test_extends_over_files() -> None:
     assert without.put("base.yaml", "shipped", base).merge() == whole.merge()
 
 
+BASE, ON_BASE = b"{name: base, temperature: 1}", b"{name: x, extends: base, shas: '*'}"
+
+
+@pytest.mark.parametrize(
+    ("file", "document"),
+    [
+        ("base.yaml", None),
+        ("base.yaml", b"{name: renamed, temperature: 1}"),
+        ("base.yaml", b"{name: base, extends: x}"),
+        ("x.yaml", b"{name: x, extends: bsae, shas: '*', top_p: 0.1}"),
+        ("x.yaml", b"{name: x, extends: bsae, shas: '*'}\n---\n{name: new, shas: '*'}"),
+        ("x.yaml", b"{name: x, shas: '*', extends: x}"),
+    ],
+)
+def test_a_mistake_in_extends_keeps_the_last_good_rules(file: str, document: bytes | None) -> None:
+    """In whichever file it is made; it is told, as often as others change, and mended it is forgotten."""
+    good = ConfigSet().put("x.yaml", "user", ON_BASE).put("base.yaml", "user", BASE).settle()
+    broken = good.put(file, "user", document).settle().put("other.yaml", "user", b"{name: o, shas: '*'}").settle()
+    table, problems = broken.merge()
+    assert table.named["x"] == good.merge()[0].named["x"]
+    assert table.named["x"][0].sampling.temperature == 1.0
+    assert [problem.keys.rpartition(".")[2] for problem in problems] == ["extends"] * len(problems)
+    assert problems
+    assert list(table.named) == ["o", "x"]
+    mended = broken.put(file, "user", BASE if file == "base.yaml" else ON_BASE).settle()
+    assert mended.put("other.yaml", "user", None).merge() == good.merge()
+    assert broken.put("x.yaml", "user", None).settle().merge()[0].named.keys() == {"o"}
+
+
+def test_a_file_that_was_never_good_follows_its_edits() -> None:
+    """What is right in it is in force, as it is now: there is nothing that could be kept."""
+    configs = ConfigSet()
+    for name in (b"a", b"b"):
+        document = b"{name: x, extends: bsae, shas: '*'}\n---\n{name: %b, shas: '*'}" % name
+        configs = configs.put("x.yaml", "user", document).settle()
+    assert list(configs.merge()[0].named) == ["b"]
+
+
 # -- properties --
 
 NAMES = ["x", "y", "gpt-4", "gpt-*", "*", "g?t-4", "x*"]
@@ -707,6 +745,22 @@ def test_the_order_of_file_events_does_not_matter(data: st.DataObject) -> None:
     turns = data.draw(st.permutations([event[:2] for event in events]))
     shuffled = [queues[key].pop(0) for key in turns]
     assert play(shuffled).merge() == play(events).merge()
+
+
+@given(st.lists(EVENT, max_size=8), st.data())
+def test_what_ends_without_a_problem_has_no_history(
+    events: list[tuple[str, Layer, bytes | None]], data: st.DataObject
+) -> None:
+    """What was kept of files meanwhile is forgotten: the table is that of the files as they are."""
+    configs = ConfigSet()
+    for file, layer, document in events:
+        configs = configs.put(file, layer, document)
+        configs = configs.settle() if data.draw(st.booleans()) else configs
+    table, problems = configs.merge()
+    if not problems:
+        assert table == ConfigSet(configs.files).merge()[0]
+    else:
+        assert {rule.file for rule in table.rules} <= {file for _, file in configs.files}
 
 
 @given(st.lists(EVENT, max_size=6))
