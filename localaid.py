@@ -13843,7 +13843,7 @@ def explain_unreadable(path: str | Path, error: OSError) -> str:
     except OSError:  # a folder above it is closed
         return reason
     mode, owner, group = stat.S_IMODE(status.st_mode), user_name(status.st_uid), group_name(status.st_gid)
-    fix = f"chgrp {group_name(os.getegid())} {path} && chmod g+r {path}"
+    fix = f"chgrp {group_name(os.getegid())} {path} && chmod g+r{'x' * stat.S_ISDIR(status.st_mode)} {path}"
     return f"{reason} for user {user_name(os.geteuid())} (mode {mode:04o}, owner {owner}, group {group}); {fix}"
 
 
@@ -13864,7 +13864,12 @@ class FolderChanges(NamedTuple):
 
     files: dict[str, FileChange]  # by path
     gone: set[str]
+    closed: set[str]  # folders that are there, but cannot be listed: of what is in them nothing is known
     full: bool = False  # `files` is everything that there is
+
+    def is_hidden(self, path: str) -> bool:
+        """Return whether a path lies in a folder that cannot be listed."""
+        return any(path.startswith(f"{folder}/") for folder in self.closed)
 
 
 _IN: Final = inotify_simple.flags
@@ -13948,20 +13953,20 @@ class FolderWatch:
         self._doubted = set()
         before = self._folders.keys() | self._awaited.keys()
         self._folders, self._awaited, self._unwatched = {}, {}, {}
-        files: dict[str, FileChange] = {}
+        changes = FolderChanges({}, set(), set(), full=True)
         for root in self.roots:
             self._await_path(root)
-            self._walk(root, files)
+            self._walk(root, changes)
         for watch in before - self._folders.keys() - self._awaited.keys():
             self._unwatch(watch)
-        return FolderChanges(files, set(), full=True)
+        return changes
 
     def _read_changes(self) -> FolderChanges | None:
         """Return what the events that are there mean; None: look at everything again."""
         if self._inotify is None:
             return None
         doubted, self._doubted = self._doubted, set()
-        changes = FolderChanges(dict.fromkeys(doubted, "doubted"), set())
+        changes = FolderChanges(dict.fromkeys(doubted, "doubted"), set(), set())
         for event in self._inotify.read(timeout=0):
             if event.mask & (_IN.Q_OVERFLOW | _IN.UNMOUNT):
                 INDEX_LOG.info("inotify: %s; looking at every file again", _IN.from_mask(event.mask))
@@ -13992,7 +13997,7 @@ class FolderWatch:
             changes.gone.add(path)
             changes.files.pop(path, None)
         if status and stat.S_ISDIR(status.st_mode):
-            self._walk(path, changes.files)
+            self._walk(path, changes)
         elif status and path not in self.roots:
             if mask & _IN.CLOSE_WRITE:
                 changes.files[path] = "written"
@@ -14001,8 +14006,8 @@ class FolderWatch:
             elif mask & _IN.MOVED_TO or linked or status.st_nlink > 1:  # else just made: it counts when it is closed
                 changes.files.setdefault(path, "appeared")
 
-    def _walk(self, top: str, files: dict[str, FileChange]) -> None:
-        """Watch `top` and all folders below it; add the files to `files`."""
+    def _walk(self, top: str, changes: FolderChanges) -> None:
+        """Watch `top` and all folders below it; add the files to `changes`."""
         pending = [top]
         while pending:
             folder = pending.pop()
@@ -14010,7 +14015,8 @@ class FolderWatch:
                 entries = list(os.scandir(folder)) if self._watch_folder(folder) else []
             except OSError as error:
                 if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                    INDEX_LOG.warning("%s cannot be listed: %s", folder, error.strerror)
+                    INDEX_LOG.warning("%s cannot be listed: %s", folder, explain_unreadable(folder, error))
+                    changes.closed.add(folder)
                 continue
             for entry in entries:
                 path = f"{folder}/{entry.name}"
@@ -14022,7 +14028,7 @@ class FolderWatch:
                     if entry.is_dir():
                         pending.append(path)
                     elif entry.is_file():
-                        files.setdefault(path, "appeared")
+                        changes.files.setdefault(path, "appeared")
 
     def _watch_folder(self, folder: str) -> bool:
         """Watch `folder` itself; False for one that links lead to again and again.  Raises `OSError` if it is gone."""
@@ -14587,9 +14593,12 @@ class ModelIndex:
         async with contextlib.aclosing(self._watch.batches()) as batches:
             async for changes in batches:
                 found = await asyncio.to_thread(_stat_files, changes.files)
+                unreadable = await asyncio.to_thread(_find_unreadable, [path for path, stamp in found.items() if stamp])
                 aliases = await asyncio.to_thread(self._load_aliases, changes)
                 manifests = await asyncio.to_thread(_load_manifests, [path for path, stamp in found.items() if stamp])
                 self._take_manifests(changes, manifests)
+                self._unreadable = {path: why for path, why in self._unreadable.items() if path not in found}
+                self._unreadable.update(unreadable)
                 self._take_changes(changes, {**found, **dict.fromkeys(manifests)}, aliases)
 
     def _load_aliases(self, changes: FolderChanges) -> dict[str, dict[str, tuple[str, str | None]]]:
@@ -14652,8 +14661,6 @@ class ModelIndex:
         self._files[path] = stamp
         self._cache.put(stamp, Known() if hidden else known)  # under its new ctime, if that is all that is new
         complete = not hidden and not self._is_incomplete(known)
-        if complete:
-            self._unreadable.pop(path, None)
         if job and (hidden or complete or job.stamp.content != stamp.content):
             self._jobs.pop(identity).cancelled = True
         elif job:
@@ -14772,6 +14779,20 @@ def _stat_files(paths: Iterable[str]) -> dict[str, Stamp | None]:
             is_model = stat.S_ISREG(status.st_mode) and not path.endswith("/aliases.json") and not _is_ref(path)
             stamps[path] = stamp_of(status) if is_model else None
     return stamps
+
+
+def _find_unreadable(paths: Iterable[str]) -> dict[str, str]:
+    """Return path -> why of the files that cannot be opened, whatever is known of them."""
+    found = {}
+    for path in paths:
+        if not os.access(path, os.R_OK, effective_ids=True):  # an older C library's guess, which knows no ACL
+            try:
+                os.close(open_regular(path, os.O_RDONLY))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                found[path] = f"it cannot be read: {explain_unreadable(path, error)}"
+    return found
 
 
 # -- stores of other programs: Ollama's, and Hugging Face's cache --
@@ -19977,6 +19998,7 @@ class ConfigLayers:
         gone = {file for file in known if any(file == path or file.startswith(f"{path}/") for path in changes.gone)}
         if changes.full:
             gone |= known - changes.files.keys()
+        gone = {file for file in gone if not changes.is_hidden(file)}  # perhaps they are as they were
         changed = {file for file in changes.files if file.endswith(CONFIG_SUFFIXES)}
         templates = (changes.files.keys() | changes.gone) - changed
         changed |= {file for file, uses in self._uses.items() if uses & templates}
@@ -20234,7 +20256,7 @@ class Daemon:
             async for changes in batches:
                 if await asyncio.to_thread(self._layers.take, changes):
                     self._replace_table()
-                elif self._folder_problems:  # perhaps it is there again, with nothing in it
+                elif changes.closed or self._folder_problems:  # perhaps it is there again, with nothing in it
                     self._check_folders()
                     self._tell_status()
                 seen.set()
@@ -21080,7 +21102,7 @@ def check_configs(folders: Folders) -> list[Finding]:
     """Look at every config of every layer."""
     there = [folder for folder in (folders.configs, folders.fetched, folders.shipped) if folder.is_dir()]
     layers, missing = ConfigLayers(folders), list[ConfigProblem]()
-    layers.take(FolderChanges(dict.fromkeys(find_configs(there, missing), "written"), set()))
+    layers.take(FolderChanges(dict.fromkeys(find_configs(there, missing), "written"), set(), set()))
     table, problems = layers.set.merge()
     remedy = "correct it, then: localaid check"
     found = [Finding(check="configs", state="problem", what=str(one), remedy=remedy) for one in problems]
@@ -21520,7 +21542,7 @@ def run_check(arguments: argparse.Namespace) -> int:
         configs = [folders.configs]
     files = set(find_configs(configs, problems))
     layers = ConfigLayers(folders)
-    layers.take(FolderChanges(dict.fromkeys(files | _find_around(files, folders), "written"), set()))
+    layers.take(FolderChanges(dict.fromkeys(files | _find_around(files, folders), "written"), set(), set()))
     table, found = layers.set.merge()
     problems += [problem for problem in found if problem.file in files]
     for problem in problems:
@@ -21610,7 +21632,7 @@ def _read_configs(folders: Folders) -> ConfigSet:
     """Return the configs of all layers."""
     layers = ConfigLayers(folders)
     there = (folder for folder in (folders.configs, folders.fetched, folders.shipped) if os.path.isdir(folder))  # noqa: PTH112 - raises nothing
-    layers.take(FolderChanges(dict.fromkeys(find_configs(there, []), "written"), set()))
+    layers.take(FolderChanges(dict.fromkeys(find_configs(there, []), "written"), set(), set()))
     return layers.set
 
 

@@ -52,7 +52,7 @@ def load(configs: Path = Path("/nowhere")) -> ConfigLayers:
     folders = Folders(models=(), configs=configs, state=Path("/nowhere"), settings=Path("/nowhere"), shipped=DEFAULTS)
     layers = ConfigLayers(folders)
     files = [*DEFAULTS.glob("*.yaml"), *configs.glob("*.yaml")]
-    layers.take(FolderChanges(dict.fromkeys(map(str, files), "written"), set()))
+    layers.take(FolderChanges(dict.fromkeys(map(str, files), "written"), set(), set()))
     return layers
 
 
@@ -362,7 +362,7 @@ def test_a_change_costs_one_config(tmp_path: Path) -> None:
     before = sys.getprofile()
     sys.setprofile(profile)
     try:
-        layers.take(FolderChanges({str(changed): "written"}, set()))
+        layers.take(FolderChanges({str(changed): "written"}, set(), set()))
         table, problems = layers.set.merge()
     finally:
         sys.setprofile(before)

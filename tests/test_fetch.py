@@ -843,7 +843,7 @@ def folders_of(state: Path) -> Folders:
 def table_of(state: Path) -> localaid.Table:
     """Return the table of the fetched layer."""
     layers = ConfigLayers(folders_of(state))
-    layers.take(FolderChanges(dict.fromkeys(find_below(state / "default-configs"), "written"), set()))
+    layers.take(FolderChanges(dict.fromkeys(find_below(state / "default-configs"), "written"), set(), set()))
     table, problems = layers.set.merge()
     assert not problems
     return table

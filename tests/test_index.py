@@ -869,7 +869,7 @@ async def test_no_inotify_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 async def test_the_periodic_scan(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a file system that does not notify, files are found by looking."""
-    monkeypatch.setattr(localaid.FolderWatch, "_read_changes", lambda _: localaid.FolderChanges({}, set()))
+    monkeypatch.setattr(localaid.FolderWatch, "_read_changes", lambda _: localaid.FolderChanges({}, set(), set()))
     async with running(models, rescan_s=0.01) as index:
         content = write_gguf(models / "a.gguf")
         await known(index, "a.gguf", sha256(content))

@@ -296,6 +296,25 @@ def test_status_follows_a_broken_and_a_mended_config(service: Service) -> None:
     assert service.complete("a3").status == HTTPStatus.OK
 
 
+def test_what_is_closed_for_a_while(service: Service) -> None:
+    """Configs that may not be listed stay as they were; a model that may not be read is not offered."""
+    service.config("a.yaml", "name: a\nshas: ['*']\n")
+    service.start()
+    service.box.run("chmod", "0", CONFIGS)
+    service.until(lambda: f"cannot use {CONFIGS}" in service.status)
+    assert service.complete("a").status == HTTPStatus.OK
+    service.box.run("chmod", "2775", CONFIGS)
+    service.until(lambda: "cannot use" not in service.status)
+    service.config("a.yaml", "name: a2\nshas: ['*']\n")
+    service.until(lambda: "a" not in service.names())
+    model = service.box.run("sh", "-c", f"ls {MODELS}/*.gguf").strip()
+    service.box.run("chmod", "0", model)
+    service.until(lambda: "a2" not in service.names())
+    assert "it cannot be read: Permission denied for user localaid" in service.ask("/localaid/status").body
+    service.box.run("chmod", "644", model)
+    service.until(lambda: "a2" in service.names())
+
+
 def test_reload_takes_settings_and_loses_nothing(service: Service) -> None:
     """The process and its answers stay; a broken file changes nothing and is told of."""
     service.start()
