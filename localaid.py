@@ -2626,19 +2626,46 @@ def parse_key_file(document: bytes, *, file: str) -> tuple[ApiKey, ...]:
     return tuple(found)
 
 
-class _Alias(msgspec.Struct, forbid_unknown_fields=True):
-    alias: str
-    description: str | None = None
+ALIASES_FILE: Final = "aliases.json"
+_ALIAS_EXAMPLE: Final = '{"alias": "second-name", "description": "…"}'
 
 
 def parse_aliases(document: bytes, *, file: str) -> dict[str, tuple[str, str | None]]:
-    """Return model -> (second name, description) of an aliases.json.  Raises `ConfigErrors`."""
+    """Return model -> (second name, description) of an aliases.json.  Raises `ConfigErrors` with every problem."""
     try:
-        aliases = msgspec.json.decode(document.removeprefix(b"\xef\xbb\xbf"), type=dict[str, _Alias])
-        return {model: (parse_model_name(entry.alias), entry.description) for model, entry in aliases.items()}
+        aliases = msgspec.json.decode(document.removeprefix(b"\xef\xbb\xbf"))
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-        problem, _, at = str(error).partition(" - at ")
-        raise ConfigErrors(problems=(ConfigProblem(file, at.strip("`$."), problem, None),)) from error
+        raise ConfigErrors((ConfigProblem(file, "", f"is no JSON: {error}"),)) from error
+    if not isinstance(aliases, dict):
+        raise ConfigErrors((ConfigProblem(file, "", f'expected {{"model": {_ALIAS_EXAMPLE}}}'),))
+    found, problems = {}, list[ConfigProblem]()
+    for model, entry in aliases.items():
+        try:
+            found[model] = _parse_alias(entry)
+        except ValueError as error:
+            keys, problem, hint = error.args
+            problems.append(ConfigProblem(file, ".".join((model, *keys)), problem, None, hint))
+    if problems:
+        raise ConfigErrors(tuple(problems))
+    return found
+
+
+def _parse_alias(entry: object) -> tuple[str, str | None]:
+    """Return the name and description of an entry.  Raises `ValueError` of keys, problem and hint."""
+    if not isinstance(entry, dict):
+        raise ValueError((), f"expected {_ALIAS_EXAMPLE}", None)  # noqa: TRY004 - a problem of the file, as all others
+    known = ("alias", "description")
+    for key, value in entry.items():
+        if key not in known:
+            raise ValueError((key,), "unknown key", find_nearest(key, known))
+        if not isinstance(value, str) and (key == "alias" or value is not None):
+            raise ValueError((key,), "expected a text", None)
+    if "alias" not in entry:
+        raise ValueError((), f"has no alias: expected {_ALIAS_EXAMPLE}", None)
+    try:
+        return parse_model_name(entry["alias"]), entry.get("description")
+    except ValueError as error:
+        raise ValueError(("alias",), str(error), None) from error
 
 
 # -- extends --
@@ -2773,9 +2800,19 @@ _NO_SHAS: Final[frozenset[str]] = frozenset()
 class Inventory:
     """All files that are there, at one moment; never changes."""
 
-    def __init__(self, files: Iterable[FileEntry] = ()) -> None:
-        """Index `files`; of several that a rule may mean the newest comes first."""
+    def __init__(
+        self,
+        files: Iterable[FileEntry] = (),
+        problems: Iterable[ConfigProblem] = (),
+        warnings: Iterable[ConfigProblem] = (),
+    ) -> None:
+        """Index `files`; of several that a rule may mean the newest comes first.
+
+        `problems` and `warnings` are those of the aliases.json beside them.
+        """
         self.files: Final = tuple(sorted(files, key=_file_order))
+        self.problems: Final = tuple(problems)
+        self.warnings: Final = tuple(warnings)
         self._by_key: Final[dict[str, list[FileEntry]]] = {}
         self._by_path: Final[dict[str, list[FileEntry]]] = {}
         self._without_sha256: Final = [file for file in self.files if file.sha256 is None]
@@ -2905,23 +2942,13 @@ def auto_rules(files: Iterable[FileEntry]) -> tuple[Rule, ...]:
     manifest gives.  A name that is a digest counts only where the content has no better one.
     """
     served = sorted((file for file in files if file.problem is None), key=lambda file: file.path)
-    stems = _choose_stems(served)
-    owners: dict[str, set[str]] = {}  # name -> contents of the files that it could mean
-    for file in served:
-        if stem := stems.get(file.path):
-            for name in {stem, _plain_name(stem)}:
-                owners.setdefault(name, set()).add(content_of(file))
+    own_names, owners = _choose_own_names(served)
     rules = []
     taken: set[tuple[str, str]] = set()  # (content, name): under its further paths a content gets further names only
     for file in served:
         sha = f"path:{file.path}" if file.sha256 is None else f"sha256:{file.sha256}"
-        names: list[str] = []
-        if stem := stems.get(file.path):
-            names = [stem] if len(owners[stem]) == 1 else [stem, _stem(file.relative)]
-            names += [plain] if len(owners[plain := _plain_name(stem)]) == 1 else []
-        elif stem is not None:
-            names = [_stem(file.relative)]
-        named = [(tuple(names), None), *(((alias,), about) for alias, about in file.alias_names)]
+        aliases = [one for one in file.alias_names if owners.get(one[0], set()) <= {content_of(file)}]
+        named = [(own_names[file.path], None), *(((alias,), about) for alias, about in aliases)]
         for place, (own, about) in enumerate(named):
             new = tuple(name for name in dict.fromkeys(own) if (content_of(file), name) not in taken)
             taken.update((content_of(file), name) for name in new)
@@ -2938,6 +2965,48 @@ def auto_rules(files: Iterable[FileEntry]) -> tuple[Rule, ...]:
                     )
                 )
     return tuple(rules)
+
+
+def find_alias_clashes(files: Iterable[FileEntry]) -> tuple[ConfigProblem, ...]:
+    """Return a warning for each second name that a file does not get, as it is another file's own."""
+    served = [file for file in files if file.problem is None]
+    if not any(file.alias_names for file in served):
+        return ()
+    _, owners = _choose_own_names(served)
+    return tuple(
+        ConfigProblem(aliases_file_of(file), file.relative, f"{alias} is another file's own name, which keeps it")
+        for file in served
+        for alias, _ in file.alias_names
+        if not owners.get(alias, set()) <= {content_of(file)}
+    )
+
+
+def aliases_file_of(file: FileEntry) -> str:
+    """Return the path of the aliases.json that may name a file."""
+    return file.path.removesuffix(file.relative) + ALIASES_FILE
+
+
+def _choose_own_names(served: Sequence[FileEntry]) -> tuple[dict[str, tuple[str, ...]], dict[str, set[str]]]:
+    """Return path -> the names that a file has of itself, and name -> the contents that have it so."""
+    stems = _choose_stems(served)
+    claims: dict[str, set[str]] = {}  # name -> contents of the files that it could mean
+    for file in served:
+        if stem := stems.get(file.path):
+            for name in {stem, _plain_name(stem)}:
+                claims.setdefault(name, set()).add(content_of(file))
+    names: dict[str, tuple[str, ...]] = {}
+    owners: dict[str, set[str]] = {}
+    for file in served:
+        own: list[str] = []
+        if stem := stems.get(file.path):
+            own = [stem] if len(claims[stem]) == 1 else [stem, _stem(file.relative)]
+            own += [plain] if len(claims[plain := _plain_name(stem)]) == 1 else []
+        elif stem is not None:
+            own = [_stem(file.relative)]
+        names[file.path] = tuple(own)
+        for name in own:
+            owners.setdefault(name, set()).add(content_of(file))
+    return names, owners
 
 
 _SNAPSHOT: Final = re.compile(r"(.*/models--[^/]+/snapshots/)[0-9a-f]{40}(/.*)", re.DOTALL)
@@ -14482,6 +14551,7 @@ class ModelIndex:
         self._files: dict[str, Stamp] = {}
         self._unreadable: dict[str, str] = {}  # path -> why
         self._aliases: dict[str, dict[str, tuple[str, str | None]]] = {}  # root -> file name -> (name, description)
+        self._alias_problems: dict[str, tuple[ConfigProblem, ...]] = {}  # root -> what is wrong with its aliases.json
         self._manifests: dict[str, Manifest] = {}  # by path
         self._jobs: dict[tuple[int, int], HashJob] = {}  # one a file; the loop may have given up others
         self._racy: set[tuple[int, int]] = set()  # files whose stamp may hide a change
@@ -14605,15 +14675,13 @@ class ModelIndex:
         """Return the aliases of each root whose aliases.json is new, changed or gone; a broken one changes nothing."""
         aliases = {}
         for root in self._watch.roots:
-            file = f"{root}/aliases.json"
+            file = f"{root}/{ALIASES_FILE}"
             if file in changes.files or file in changes.gone or root in changes.gone or changes.full:
                 try:
-                    with open(file, "rb", opener=open_regular) as opened:
-                        aliases[root] = parse_aliases(opened.read(), file=file)
-                except FileNotFoundError:
-                    aliases[root] = {}
-                except (OSError, ConfigErrors) as error:
-                    INDEX_LOG.warning("%s", error)
+                    aliases[root] = load_aliases(file)
+                    self._alias_problems[root] = ()
+                except ConfigErrors as errors:
+                    self._alias_problems[root] = errors.problems
         return aliases
 
     def _take_manifests(self, changes: FolderChanges, manifests: Mapping[str, Manifest]) -> None:
@@ -14735,8 +14803,9 @@ class ModelIndex:
         ]
         listing = _Listing(parts, self._watch.roots, self._aliases, self._manifests.values())
         self._infos = listing.infos
-        inventory = Inventory(listing.entries)
-        if inventory.files != self.inventory.files:
+        problems = itertools.chain.from_iterable(self._alias_problems.values())
+        inventory, before = Inventory(listing.entries, problems, listing.warnings), self.inventory
+        if any(getattr(inventory, what) != getattr(before, what) for what in ("files", "problems", "warnings")):
             self.inventory = inventory
             for callback in list(self._subscribers):
                 callback(inventory)
@@ -14762,6 +14831,17 @@ class ModelIndex:
         task.add_done_callback(self._saves.discard)
 
 
+def load_aliases(file: str) -> dict[str, tuple[str, str | None]]:
+    """Read an aliases.json as `parse_aliases` does; one that is not there has none.  Raises `ConfigErrors`."""
+    try:
+        with open(file, "rb", opener=open_regular) as opened:
+            return parse_aliases(opened.read(), file=file)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise ConfigErrors((ConfigProblem(file, "", explain_unreadable(file, error)),)) from error
+
+
 def _stat_files(paths: Iterable[str]) -> dict[str, Stamp | None]:
     """Return the stamps of regular files; None for what is none any more, or has a name that JSON cannot carry."""
     stamps: dict[str, Stamp | None] = {}
@@ -14776,7 +14856,7 @@ def _stat_files(paths: Iterable[str]) -> dict[str, Stamp | None]:
             INDEX_LOG.warning("%r is passed over: its name is not UTF-8; rename it", path)
             stamps[path] = None
         else:
-            is_model = stat.S_ISREG(status.st_mode) and not path.endswith("/aliases.json") and not _is_ref(path)
+            is_model = stat.S_ISREG(status.st_mode) and not path.endswith(f"/{ALIASES_FILE}") and not _is_ref(path)
             stamps[path] = stamp_of(status) if is_model else None
     return stamps
 
@@ -14927,6 +15007,16 @@ class _Listing:
             elif file.stamp.identity not in grouped:  # else a link with the right name leads to it
                 wanted = SplitName("name", 1, info.parts).part(info.part + 1)
                 self._add(file, info, f"it is a part of a split model, which llama.cpp finds by a name like {wanted}")
+        self.warnings = tuple(self._find_idle_aliases())
+
+    def _find_idle_aliases(self) -> Iterator[ConfigProblem]:
+        """Yield a warning for each entry of an aliases.json that names no file."""
+        for root, aliases in self._aliases.items():
+            there = [entry.relative for entry in self.entries if entry.path == f"{root}/{entry.relative}"]
+            named = set().union(*map(_alias_keys, there))
+            for key in sorted(aliases.keys() - named):
+                hint = find_nearest(key, [relative.removesuffix(".gguf") for relative in there])
+                yield ConfigProblem(f"{root}/{ALIASES_FILE}", key, "names no file of this folder, as yet", None, hint)
 
     def _add_split(self, name: SplitName, parts: Mapping[int, _Part]) -> None:
         """Add a split model: its first part speaks for it once all are there, whole, and of one model."""
@@ -14988,11 +15078,17 @@ def _problem_of_part(part: _Part) -> str | None:
 
 
 def _find_aliases(relative: str, aliases: Mapping[str, tuple[str, str | None]]) -> tuple[tuple[str, str | None], ...]:
-    """Return the second names of a file; aliases.json names it by its path or name, with or without .gguf."""
+    """Return the second names of a file."""
+    return (
+        tuple(dict.fromkeys(aliases[key] for key in sorted(_alias_keys(relative) & aliases.keys()))) if aliases else ()
+    )
+
+
+def _alias_keys(relative: str) -> set[str]:
+    """Return what an aliases.json may call a file: its path or name, with or without .gguf."""
     name = relative.rsplit("/", 1)[-1]
     split = parse_split_name(name)
-    keys = {relative, relative.removesuffix(".gguf"), name, split.prefix if split else name.removesuffix(".gguf")}
-    return tuple(dict.fromkeys(aliases[key] for key in sorted(keys & aliases.keys()))) if aliases else ()
+    return {relative, relative.removesuffix(".gguf"), name, split.prefix if split else name.removesuffix(".gguf")}
 
 
 # == 14. FETCH: default configs from the web, signed (asyncio) =========================================================
@@ -20078,6 +20174,7 @@ class Daemon:
         self._layers = ConfigLayers(folders)
         self._auto: tuple[Rule, ...] = ()
         self._problems: tuple[ConfigProblem, ...] = ()  # of configs
+        self._warnings: tuple[ConfigProblem, ...] = ()  # of aliases
         self._settings_problems: tuple[ConfigProblem, ...] = ()
         self._key_problems: tuple[ConfigProblem, ...] = ()
         self._keys_changed = asyncio.Event()  # perhaps
@@ -20088,8 +20185,7 @@ class Daemon:
         self._integrity: Mapping[str, Integrity] | None = None
         self._declared: dict[str, set[Prompts]] = {}  # sha256 -> prompts that its worker has been told of
         self._changed = asyncio.Event()
-        self._telling: asyncio.TimerHandle | None = None
-        self._told = ""
+        self._telling, self._told = cast("asyncio.TimerHandle | None", None), ""
         self._stop = asyncio.Event()
 
     # -- State --
@@ -20221,9 +20317,10 @@ class Daemon:
             parts.append(f"error in {self.folders.settings}, using the last good settings")
         if self._key_problems:
             parts.append("error in the API keys, using the last good ones")
-        good = {file for _, file in self._layers.set.settled}
         for file in sorted({problem.file for problem in self._problems}):
-            parts.append(f"config error in {file}, {'using the last good one' if file in good else 'leaving it out'}")
+            parts.append(
+                f"config error in {file}, {'using the last good one' if self._has_good(file) else 'leaving it out'}"
+            )
         return ", ".join(parts)
 
     # -- what changes --
@@ -20232,6 +20329,11 @@ class Daemon:
         """Take a new inventory: workers of what is gone drain, rules of what has come join."""
         self.supervisor.retain(inventory.files)
         self._auto = auto_rules(inventory.files)
+        warnings = (*inventory.warnings, *find_alias_clashes(inventory.files))
+        for warning in warnings:
+            if warning not in self._warnings:
+                DAEMON_LOG.warning("%s", warning)
+        self._warnings = warnings
         self._replace_table()
 
     def _check_folders(self) -> None:
@@ -20264,10 +20366,10 @@ class Daemon:
     def _replace_table(self) -> None:
         """Put a new table in force, from the last good rules of all layers."""
         table, problems = self._layers.set.merge(self._auto)
-        good = {file for _, file in self._layers.set.settled}
+        problems += self.inventory.problems
         for problem in problems:
             if problem not in self._problems:
-                what = "the last good version stays in force" if problem.file in good else "it is left out"
+                what = "the last good version stays in force" if self._has_good(problem.file) else "it is left out"
                 DAEMON_LOG.error("%s; %s", problem, what)
         self.table, self._problems = table, problems
         self._listings = self._integrity = None
@@ -20278,6 +20380,11 @@ class Daemon:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
         self._tell_status()
+
+    def _has_good(self, file: str) -> bool:
+        """Return whether something of a config, or aliases.json, which is broken now stays in force."""
+        named = any(aliases_file_of(one) == file for one in self.inventory.files if one.alias_names)
+        return named or any(file == settled for _, settled in self._layers.set.settled)
 
     def _declare_new(self) -> None:
         """Tell the workers in memory of prompts that rules have come to declare."""
@@ -21105,10 +21212,22 @@ def check_configs(folders: Folders) -> list[Finding]:
     layers.take(FolderChanges(dict.fromkeys(find_configs(there, missing), "written"), set(), set()))
     table, problems = layers.set.merge()
     remedy = "correct it, then: localaid check"
+    problems += find_alias_problems(folders.models)
     found = [Finding(check="configs", state="problem", what=str(one), remedy=remedy) for one in problems]
     found += [Finding(check="configs", state="warning", what=str(one), remedy=remedy) for one in find_warnings(table)]
     what = f"{layers.files} files, {len(table.rules)} rules"
     return found or [Finding(check="configs", state="ok", what=what)]
+
+
+def find_alias_problems(models: Iterable[Path]) -> tuple[ConfigProblem, ...]:
+    """Return what is wrong with the aliases.json of models folders."""
+    problems: list[ConfigProblem] = []
+    for folder in models:
+        try:
+            load_aliases(str(folder / ALIASES_FILE))
+        except ConfigErrors as errors:
+            problems += errors.problems
+    return tuple(problems)
 
 
 def find_configs(paths: Iterable[Path], problems: list[ConfigProblem]) -> list[str]:
@@ -21526,7 +21645,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     problems = [
         ConfigProblem(str(file), "", f"is no config: the name of one ends in {' or '.join(CONFIG_SUFFIXES)}")
         for file in named
-        if os.path.isfile(file) and file.suffix not in CONFIG_SUFFIXES  # noqa: PTH113 - raises nothing, as Path's does
+        if os.path.isfile(file) and file.suffix not in CONFIG_SUFFIXES and file.name != ALIASES_FILE  # noqa: PTH113 - raises nothing, as Path's does
     ]
     settings = Settings()
     if not named or any(file.name == "localaid.yaml" for file in named) or arguments.settings:
@@ -21537,7 +21656,9 @@ def run_check(arguments: argparse.Namespace) -> int:
             except ConfigErrors as errors:
                 problems += errors.problems
     folders = choose_folders(arguments, settings, environ)
-    configs = [file for file in named if file.name != "localaid.yaml"]
+    aliases = [file for file in named if file.name == ALIASES_FILE and os.path.isfile(file)]  # noqa: PTH113 - as above
+    problems += find_alias_problems([file.parent for file in aliases] if is_named else folders.models)
+    configs = [file for file in named if file.name != "localaid.yaml" and file not in aliases]
     if not configs and (arguments.configs or not named):
         configs = [folders.configs]
     files = set(find_configs(configs, problems))
@@ -21553,7 +21674,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     if not problems:
         where = "" if is_named else f" ({folders.configs}, {settings_file})"
         rules = sum(rule.file in files for rule in table.rules)
-        print(f"{len(files)} files, {rules} rules: no errors{where}")  # noqa: T201
+        print(f"{len(files) + len(aliases)} files, {rules} rules: no errors{where}")  # noqa: T201
     return 1 if problems else 0
 
 

@@ -55,6 +55,22 @@ def test_check_of_a_file_that_is_no_config_says_so(tmp_path: Path) -> None:
     assert f"{file}: is no config: the name of one ends in .yaml or .yml" in result.stdout
 
 
+def test_check_reads_aliases(tmp_path: Path) -> None:
+    """Those that are named, else those of the models folder."""
+    models = tmp_path / ".local/share/localaid/models"
+    models.mkdir(parents=True)
+    file = models / "aliases.json"
+    file.write_text('{"a": {"alais": "x"}}')
+    for named in ((file,), ()):
+        result = run("check", *named, home=tmp_path)
+        assert result.returncode == 1
+        assert f"{file}: a.alais: unknown key (did you mean alias?)" in result.stdout
+    file.write_text('{"a": {"alias": "x"}}')
+    result = run("check", file, home=tmp_path)
+    assert result.returncode == 0
+    assert result.stdout == "1 files, 0 rules: no errors\n"
+
+
 def test_check_of_nothing_named_says_what_it_read(tmp_path: Path) -> None:
     """A user's own folder, where there is one."""
     configs = tmp_path / ".config" / "localaid" / "configs"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -620,3 +621,29 @@ def test_bad_aliases(document: bytes) -> None:
     """A broken aliases.json is told like a broken config."""
     with pytest.raises(ConfigErrors, match=r"^aliases\.json: "):
         parse_aliases(document, file="aliases.json")
+
+
+def test_every_mistake_in_aliases_is_told_with_its_place() -> None:
+    """As those of a config are."""
+    document = json.dumps(
+        {
+            "good": {"alias": "g", "description": None},
+            "a": {"alais": "x"},
+            "b": "x",
+            "c": {"description": "Nothing."},
+            "d": {"alias": 1},
+            "e": {"alias": ""},
+        }
+    ).encode()
+    with pytest.raises(ConfigErrors) as raised:
+        parse_aliases(document, file="aliases.json")
+    told = [str(problem) for problem in raised.value.problems]
+    example = '{"alias": "second-name", "description": "…"}'
+    assert told[:4] == [
+        "aliases.json: a.alais: unknown key (did you mean alias?)",
+        f"aliases.json: b: expected {example}",
+        f"aliases.json: c: has no alias: expected {example}",
+        "aliases.json: d.alias: expected a text",
+    ]
+    assert told[4].startswith("aliases.json: e.alias: ")
+    assert len(told) == 5

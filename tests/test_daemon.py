@@ -465,6 +465,14 @@ def test_layers_aliases_extends_and_templates_through_real_folders(daemon: Start
     (served.models / "aliases.json").write_text(json.dumps({"some-model": {"alias": "nick", "description": "short"}}))
     until_names(served, "shaped")
     until_names(served, "nick")
+    (served.models / "aliases.json").write_text(json.dumps({"some-model": {"alais": "nick"}}))
+    served.process.wait_for_line(r"aliases\.json: some-model\.alais: unknown key.*the last good version stays in force")
+    status = msgspec.convert(get(served, "/localaid/status"), localaid.DaemonStatus)
+    assert "aliases.json, using the last good one" in status.state
+    assert any("some-model.alais" in problem for problem in status.problems)
+    assert "nick" in names(served)
+    (served.models / "aliases.json").write_text(json.dumps({"unheard-of": {"alias": "nick"}}))
+    served.process.wait_for_line("WARNING.*unheard-of: names no file of this folder")
     explained = msgspec.convert(get(served, "/localaid/explain?path=v1/completion&name=child"), localaid.Explanation)
     assert explained.fields["max_tokens"].value == 5
     assert explained.fields["temperature"].file.endswith("base.yaml")

@@ -509,7 +509,7 @@ async def test_one_content_under_two_paths(models: Path) -> None:
         assert index.info(sha256(content)) is not None
 
 
-async def test_aliases(models: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_aliases(models: Path) -> None:
     """aliases.json gives second names by path or file name; a broken one changes nothing; gone, so are the names."""
     write_gguf(models / "some-model.gguf")
     write_gguf(models / "sub" / "other.gguf")
@@ -530,7 +530,20 @@ async def test_aliases(models: Path, caplog: pytest.LogCaptureFixture) -> None:
         write_gguf(models / "marker.gguf")
         await known(index, "marker.gguf")
         assert aliases_of(index.inventory, "some-model.gguf") == (("whisper", "Hears."),)
-        assert "aliases.json" in caplog.text
+        (problem,) = index.inventory.problems
+        assert str(problem).startswith(f"{aliases}: is no JSON: ")
+        aliases.write_text('{"some-modle": {"alias": "whisper"}, "late": {"alias": "l"}}')
+        await index.wait_until(lambda inventory: bool(inventory.warnings))
+        assert index.inventory.problems == ()
+        assert list(map(str, index.inventory.warnings)) == [
+            f"{aliases}: late: names no file of this folder, as yet",
+            f"{aliases}: some-modle: names no file of this folder, as yet (did you mean some-model?)",
+        ]
+        write_gguf(models / "late.gguf")
+        await index.wait_until(lambda inventory: len(inventory.warnings) == 1)
+        aliases.write_text('{"some-model": {"alias": "whisper"}}')
+        await index.wait_until(lambda inventory: aliases_of(inventory, "some-model.gguf") == (("whisper", None),))
+        assert index.inventory.warnings == ()
         aliases.unlink()
         await index.wait_until(lambda inventory: aliases_of(inventory, "some-model.gguf") == ())
 

@@ -31,6 +31,7 @@ from localaid import (
     build_table,
     explain,
     extend_rules,
+    find_alias_clashes,
     find_warnings,
     model_not_found,
     parse_config,
@@ -340,6 +341,21 @@ def test_auto_names_of_revisions() -> None:
         assert found == {"m": (sha("b"),), old.removesuffix(".gguf"): (sha("a"),)}
     same = [both[0], msgspec.structs.replace(both[1], sha256="a" * 64)]
     assert [rule.names for rule in auto_rules(same)] == [("m",)]
+
+
+def test_an_alias_takes_no_files_name() -> None:
+    """The file keeps it, and that is told; what is nobody's, or the file's own, may be an alias."""
+    files = [
+        model("one", aliases=(("two", None), ("Three", None), ("free", None), ("one", "Itself."))),
+        model("two"),
+        model("Three-Q4_0"),
+        model("Three-Q8_0"),
+    ]
+    named = [(rule.file, rule.names) for rule in auto_rules(files)]
+    assert [names for file, names in named if file == files[0].path] == [("one",), ("Three",), ("free",)]
+    assert [names for file, names in named if file == files[1].path] == [("two",)]
+    (warning,) = find_alias_clashes(files)
+    assert str(warning) == "/models/aliases.json: one.gguf: two is another file's own name, which keeps it"
 
 
 def test_auto_rules_of_aliases() -> None:
