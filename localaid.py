@@ -2662,6 +2662,8 @@ def _parse_alias(entry: object) -> tuple[str, str | None]:
             raise ValueError((key,), "expected a text", None)
     if "alias" not in entry:
         raise ValueError((), f"has no alias: expected {_ALIAS_EXAMPLE}", None)
+    if any(char in entry["alias"] for char in "*?["):
+        raise ValueError(("alias",), "must be one plain name; globs are for the model_names of a config", None)
     try:
         return parse_model_name(entry["alias"]), entry.get("description")
     except ValueError as error:
@@ -3196,13 +3198,13 @@ class Table:  # noqa: PLW1641 (rules hold dicts and have no hash)
         self.named: Final[dict[str, list[Rule]]] = {}  # exact name -> rules
         self.globbed: Final[dict[str, list[Rule]]] = {}  # glob -> rules
         self._globs: Final[dict[str, list[str]]] = {}  # literal prefix -> globs
-        self._candidates: Final[dict[tuple[str, str], tuple[_Candidate, ...]]] = {}
+        self._candidates: Final[dict[tuple[str, str, bool], tuple[_Candidate, ...]]] = {}
         named = self.named
         for rule in ordered:
             for name in rule.names if rule.shas else ():  # a rule without SHAs is there to be extended
                 if name in named:
                     named[name].append(rule)
-                elif is_glob(name):
+                elif rule.layer != "auto" and is_glob(name):  # a file may be called so; "auto" is the last layer
                     self.globbed.setdefault(name, []).append(rule)
                 else:
                     named[name] = [rule]
@@ -3224,7 +3226,7 @@ class Table:  # noqa: PLW1641 (rules hold dicts and have no hash)
                 if rule.paths is None or path in rule.paths:
                     exact = (_Candidate(rule, rule.shas, ()),)
             else:
-                exact = self._candidates.get((path, name)) or self.of_pattern(path, name, self.named)
+                exact = self._candidates.get((path, name, False)) or self.of_pattern(path, name, self.named)
             if exact:
                 return exact
         return self._of_globs(path, name) if self.globbed else ()
@@ -3253,7 +3255,8 @@ class Table:  # noqa: PLW1641 (rules hold dicts and have no hash)
 
     def of_pattern(self, path: str, pattern: str, named: Mapping[str, list[Rule]]) -> tuple[_Candidate, ...]:
         """Return the rules for (path, pattern), pattern taken as it is written; kept for the next time."""
-        known = self._candidates.get((path, pattern))
+        key = (path, pattern, named is self.globbed)
+        known = self._candidates.get(key)
         if known is not None:
             return known
         found = []
@@ -3269,8 +3272,14 @@ class Table:  # noqa: PLW1641 (rules hold dicts and have no hash)
             found.append(_Candidate(rule, shas, replaced))
             for sha in shas:
                 owners.setdefault(sha, rule)
-        self._candidates[path, pattern] = tuple(found)
-        return self._candidates[path, pattern]
+        self._candidates[key] = tuple(found)
+        return self._candidates[key]
+
+    def find_wider(self, pattern: str) -> list[str]:
+        """Return the globs that match every name which the glob `pattern` does, itself included."""
+        prefix = _literal_prefix(pattern)
+        near = (self._globs.get(prefix[:length], ()) for length in self._prefix_lengths if length <= len(prefix))
+        return [glob for glob in itertools.chain.from_iterable(near) if covers_glob(glob, pattern)]
 
 
 def _find_unsuited(rules: Iterable[Rule]) -> dict[str, frozenset[str]]:
@@ -3292,6 +3301,18 @@ def is_glob(name: str) -> bool:
 
 def _literal_prefix(pattern: str) -> str:
     return re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+
+
+_GLOB_PARTS: Final = re.compile(r"\*|\?|\[!?\]?[^]]*\]?")
+
+
+def covers_glob(wide: str, pattern: str) -> bool:
+    """Return whether a glob surely matches all that `pattern`, a glob or a plain text, does."""
+    if wide == pattern or not is_glob(pattern):
+        return wide == pattern or _compile_glob(wide)(pattern) is not None
+    if "?" in wide or "[" in wide:
+        return False  # it may, but that is not easily said
+    return _compile_glob(wide)(_GLOB_PARTS.sub("\0", pattern)) is not None  # what varies must lie within its stars
 
 
 @functools.lru_cache(maxsize=4096)  # a glob is compiled when its literal prefix fits a name, and outlives its table
@@ -3584,51 +3605,11 @@ def _plan_rules(
     raise NothingToPull(name=name, reason=f"{where} says no `url` for a SHA; add one, or put the file into a folder")
 
 
-def find_warnings(table: Table) -> tuple[ConfigProblem, ...]:
-    """Return what `localaid check` warns of: rules of one layer that claim the same, and rules never reached.
-
-    What a higher layer hides is no reason for a warning: that is what layers are for.
-    """
-    extended = {rule.extends for rule in table.rules}
-    reached: set[tuple[int, str, int]] = set()  # rules of which some (path, name, SHA) leads there
-    warnings: dict[tuple[tuple[int, str, int], str], ConfigProblem] = {}
-    for name, rules in itertools.chain(table.named.items(), table.globbed.items()):
-        if len(rules) == 1:
-            reached.add(rule_order(rules[0]))
-        else:
-            for path in API_PATHS:
-                for rule, sha, owner in _find_claims(rules, path):
-                    if owner is None:
-                        reached.add(rule_order(rule))
-                    elif sha in owner.shas:
-                        problem = f"{_where(owner)} comes first for {path}, {name}, {sha}"
-                        warnings.setdefault((rule_order(rule), name), problem_of(rule, "shas", problem))
-    found = list(warnings.values())
-    for rule in table.rules:
-        if not rule.shas and rule.name not in extended:
-            problem = "names no model: it needs shas, a checksum or a file, or a config that extends it"
-            found.append(problem_of(rule, "shas", problem))
-        elif rule.shas and rule_order(rule) not in reached:
-            found.append(problem_of(rule, "name", "is never reached: rules before it serve all its names and SHAs"))
-    return tuple(sorted(found, key=lambda problem: (problem.file, problem.line or 0, problem.keys)))
-
-
-def _find_claims(rules: Iterable[Rule], path: str) -> Iterator[tuple[Rule, str, Rule | None]]:
-    """Yield (rule, SHA, the rule of its layer that claims it first, by the SHA or by "*") of the rules for one path."""
-    owners: dict[tuple[Layer, str], Rule] = {}
-    for rule in rules:
-        if rule.paths is None or path in rule.paths:
-            for sha in rule.shas:
-                yield rule, sha, owners.get((rule.layer, sha)) or owners.get((rule.layer, "*"))
-            for sha in rule.shas:
-                owners.setdefault((rule.layer, sha), rule)
-
-
 # == 3a. CATALOG: every name and file, what is known of each, what is missing (pure) ===================================
 #
 # `plan_listing` asks the table for every exact name: that is /v1/models.  `plan_integrity` says of each file whether
 # some rule knows its SHA, or names the file beside another one; `plan_missing` which rules have no file.
-# `plan_catalog` puts all that together for `localaid list`.
+# `plan_catalog` puts all that together for `localaid list`; `find_warnings` says which rules are never reached.
 # Always: none of them raises; a content counts once, under however many paths it is there.
 
 
@@ -3863,6 +3844,93 @@ def plan_catalog(
     )
     missing = plan_missing(table, inventory, layers) if layers is not None else ()
     return Catalog(names=names, files=tuple(sorted(files, key=lambda file: file.relative)), missing=missing)
+
+
+# -- rules that mean nothing --
+
+
+def find_warnings(table: Table) -> tuple[ConfigProblem, ...]:
+    """Return what `localaid check` warns of: rules of one layer that claim the same, and rules never reached.
+
+    What a higher layer hides is no reason for a warning: that is what layers are for.
+    """
+    extended = {rule.extends for rule in table.rules}
+    reached: set[tuple[int, str, int]] = set()  # rules of which some (path, name, SHA) leads there
+    warnings: dict[tuple[tuple[int, str, int], str], ConfigProblem] = {}
+    for name, rules in itertools.chain(table.named.items(), table.globbed.items()):
+        if len(rules) == 1:
+            reached.add(rule_order(rules[0]))
+        else:
+            for path in API_PATHS:
+                unsuited = table.unsuited.get(path, _NO_SHAS)
+                for rule, sha, owner in _find_claims(rules, path):
+                    if owner is None or not _takes(owner, owner.shas, sha, rule, unsuited):
+                        reached.add(rule_order(rule))
+                    if owner is not None and sha in owner.shas:
+                        problem = f"{_where(owner)} comes first for {path}, {name}, {sha}"
+                        warnings.setdefault((rule_order(rule), name), problem_of(rule, "shas", problem))
+    found = list(warnings.values())
+    for rule in table.rules:
+        if not rule.shas and rule.name not in extended:
+            problem = "names no model: it needs shas, a checksum or a file, or a config that extends it"
+            found.append(problem_of(rule, "shas", problem))
+        elif rule.shas and (rule_order(rule) not in reached or _is_covered(rule, table)):
+            found.append(problem_of(rule, "name", "is never reached: rules before it serve all its names and SHAs"))
+    return tuple(sorted(found, key=lambda problem: (problem.file, problem.line or 0, problem.keys)))
+
+
+def _is_covered(rule: Rule, table: Table) -> bool:
+    """Return whether each of a rule's names and paths has a rule of its layer before it that takes all its models."""
+    for name in rule.names:
+        named = table.globbed if is_glob(name) else table.named
+        patterns = table.find_wider(name) if is_glob(name) else [name]
+        before = [(one, pattern) for pattern in patterns for one in named[pattern] if _is_before(one, rule)]
+        if not before:
+            return False
+        for path in rule.paths or API_PATHS:
+            views = (table.of_pattern(path, pattern, named) for pattern in {pattern for _, pattern in before})
+            rivals = [one for view in views for one in view if _is_before(one.rule, rule)]
+            unsuited = table.unsuited.get(path, _NO_SHAS)
+            if not any(all(_takes(one.rule, one.shas, sha, rule, unsuited) for sha in rule.shas) for one in rivals):
+                return False
+    return bool(rule.names)
+
+
+def _is_before(one: Rule, other: Rule) -> bool:
+    return one.layer == other.layer and rule_order(one) < rule_order(other)
+
+
+def _takes(one: Rule, shas: Sequence[str], sha: str, rule: Rule, unsuited: AbstractSet[str]) -> bool:
+    """Return whether `one` with its `shas` surely has a file wherever `rule` has one of its `sha`."""
+    if one.paths is None and rule.paths is not None:
+        return False  # who lists a path has more files for it
+    if "*" in shas and sha != "*" and rule.paths is None and sha[7:] not in unsuited:
+        return sha.startswith("sha256:") or not unsuited
+    return any(_covers_sha(wide, sha) for wide in shas)
+
+
+def _covers_sha(wide: str, sha: str) -> bool:
+    """Return whether a SHA, path or glob surely means all files that another one does; see `Inventory.find`."""
+    if wide == sha or not (wide.startswith("path:") and sha.startswith("path:")):
+        return wide == sha
+    glob, path = wide.removeprefix("path:"), sha.removeprefix("path:")
+    if not is_glob(glob):
+        return False
+    kinds = [(one.startswith("/"), "/" in one) for one in (glob, path)]
+    if kinds[0] != kinds[1]:  # a plain path has a file name too
+        return not kinds[0][1] and not is_glob(path) and covers_glob(glob, path.rsplit("/", 1)[-1])
+    return covers_glob(glob, path)
+
+
+def _find_claims(rules: Iterable[Rule], path: str) -> Iterator[tuple[Rule, str, Rule | None]]:
+    """Yield (rule, SHA, the rule of its layer that claims it first, by the SHA or by "*") of the rules for one path."""
+    owners: dict[tuple[Layer, str], Rule] = {}
+    for rule in rules:
+        if rule.paths is None or path in rule.paths:
+            for sha in rule.shas:
+                yield rule, sha, owners.get((rule.layer, sha)) or owners.get((rule.layer, "*"))
+            for sha in rule.shas:
+                owners.setdefault((rule.layer, sha), rule)
 
 
 # == 3b. CHANNEL: a channel's index, its keys and signatures in minisign's format (pure) ===============================

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import sys
 from collections import Counter
@@ -29,6 +30,7 @@ from localaid import (
     Table,
     auto_rules,
     build_table,
+    covers_glob,
     explain,
     extend_rules,
     find_alias_clashes,
@@ -520,9 +522,51 @@ def test_warnings() -> None:
         f"2.yaml: 0.shas: user rule x (0.yaml) comes first for {CHAT}, x, {sha('a')}, line 1",
         "4.yaml: name: is never reached: rules before it serve all its names and SHAs, line 1",
         "5.yaml: shas: names no model: it needs shas, a checksum or a file, or a config that extends it, line 1",
-        "9.yaml: name: is never reached: rules before it serve all its names and SHAs, line 1",
         f"9.yaml: shas: user rule 8 (8.yaml) comes first for {EMBEDDINGS}, g*, {sha('a')}, line 1",
     ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_told"),
+    [
+        ("{name: a, model_names: ['*'], shas: '*'}", "{name: b, model_names: ['gpt-*'], shas: '*'}", True),
+        ("{name: a, model_names: ['gpt-*'], shas: '*'}", "{name: b, model_names: ['*'], shas: '*'}", False),
+        ("{name: a, model_names: ['g*t-*'], shas: '*'}", "{name: b, model_names: ['gpt-?[ab]'], shas: x.gguf}", True),
+        ("{name: a, model_names: ['g?t-*'], shas: '*'}", "{name: b, model_names: ['g*t-*'], shas: '*'}", False),
+        ("{name: a, model_names: ['*'], shas: '*'}", "{name: b, model_names: ['gpt-4'], shas: '*'}", False),
+        ("{name: a, model_names: ['*'], shas: x.gguf}", "{name: b, model_names: ['gpt-*'], shas: '*'}", False),
+        ("{name: a, model_names: ['*', x], shas: '*'}", "{name: b, model_names: ['gpt-*', x], shas: '*'}", True),
+        ("{name: a, model_names: ['*'], shas: '*'}", "{name: b, model_names: ['gpt-*', x], shas: '*'}", False),
+        ("{name: x, shas: 'tiny*'}", "{name: x, shas: tiny0.gguf}", True),
+        ("{name: x, shas: 'tiny*'}", "{name: x, shas: sub/tiny0.gguf}", True),
+        ("{name: x, shas: 'sub/*'}", "{name: x, shas: ['sub/tiny*', sub/a.gguf]}", True),
+        ("{name: x, shas: 'tiny*'}", "{name: x, shas: 'sub/tiny*'}", False),
+        ("{name: x, shas: 'sub/*'}", "{name: x, shas: tiny0.gguf}", False),
+        ("{name: x, shas: 'tiny*', paths: [v1/chat]}", "{name: x, shas: tiny0.gguf}", False),
+        ("{name: x, shas: 'tiny*', paths: [v1/chat]}", "{name: x, shas: tiny0.gguf, paths: [v1/chat]}", True),
+    ],
+)
+def test_warnings_of_wider_globs(first: str, second: str, *, is_told: bool) -> None:
+    """A glob before a narrower one, of names or files, hides it; an exact name goes before any glob."""
+    told = [str(warning) for warning in find_warnings(table_of(first, second)) if warning.keys == "name"]
+    assert told == ["1.yaml: name: is never reached: rules before it serve all its names and SHAs, line 1"] * is_told
+
+
+@pytest.mark.parametrize("name", ["llama[v2]", "what?", "a*b", "[", "*"])
+def test_a_file_may_have_the_signs_of_globs_in_its_name(name: str) -> None:
+    """It is known by the name as it stands, whatever a user's glob of that text means beside it."""
+    files = [model("a", f"{name}.gguf"), model("b", "other.gguf")]
+    auto = auto_rules(files)
+    table, inventory = build_table(auto), Inventory(files)
+    assert resolve(table, inventory, CHAT, name).file == files[0]
+    assert resolve(table, inventory, CHAT, "llamav").rule is None
+    assert {listing.name for listing in plan_listing(table, inventory)} == {name, "other"}
+    user = parse_config(f"{{name: u, model_names: ['{name}'], shas: other.gguf}}".encode(), file="u", layer="user")
+    both = build_table((*auto, *user))
+    for _ in range(2):  # the second time as it was kept
+        assert resolve(both, inventory, CHAT, name).file == files[0]
+    if name == "a*b":
+        assert resolve(both, inventory, CHAT, "axb").file == files[1]
 
 
 # -- the config set --
@@ -711,6 +755,31 @@ def test_removing_a_user_rule_restores_what_it_hid(rules: list[Rule]) -> None:
     without = build_table(rule for rule in with_user.rules if rule.layer != "user")
     assert without == build_table(below)
     assert views(without) == before
+
+
+GLOBS = st.text("ab*?[]", min_size=1, max_size=5)
+
+
+@given(GLOBS, GLOBS, st.lists(st.text("ab]", max_size=5), max_size=20))
+def test_a_wider_glob_matches_all_that_the_other_does(wide: str, pattern: str, names: list[str]) -> None:
+    """Where it is said to be so."""
+    if covers_glob(wide, pattern):
+        for name in names:
+            assert not fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, wide)
+
+
+@given(RULES)
+def test_what_is_said_to_be_never_reached_is_not(rules: list[Rule]) -> None:
+    """Whatever is asked for, and whichever files are there."""
+    table = build_table(msgspec.structs.replace(rule, line=line) for line, rule in enumerate(rules, 1))
+    told = {one.line for one in find_warnings(table) if "never reached" in one.problem}
+    lost = [rule for rule in table.rules if rule.line in told]
+    chats = msgspec.structs.replace(model("b"), serves_named=frozenset({EMBEDDINGS}))
+    files = [model("a"), chats, model("c", sha1="1" * 40, serves=frozenset({EMBEDDINGS}))]
+    for count in range(4):
+        for there in itertools.combinations(files, count):
+            for path, name in itertools.product(PATHS, ["x", "y", "gpt-4", "xyz", "gpt-", "z"]):
+                assert resolve(table, Inventory(there), path, name).rule not in lost
 
 
 @given(RULES)
