@@ -13996,6 +13996,9 @@ def open_regular(path: str, flags: int) -> int:
     raise OSError(errno.EINVAL, "not a regular file", path)
 
 
+LEAVING_S: Final = 0.5  # a file that somebody wrote is taken for removed when it has been away for so long
+
+
 class FolderChanges(NamedTuple):
     """What has happened in watched folders; forget what is `gone`, files or whole folders, then look at `files`."""
 
@@ -14745,6 +14748,10 @@ class ModelIndex:
         for root in self._watch.roots:
             file = f"{root}/{ALIASES_FILE}"
             if file in changes.files or file in changes.gone or root in changes.gone or changes.full:
+                if self._aliases.get(root) and changes.files.get(file) != "doubted" and not os.path.lexists(file):
+                    doubt = functools.partial(self._loop.call_later, LEAVING_S, self._watch.doubt, [file])
+                    self._loop.call_soon_threadsafe(doubt)
+                    continue
                 try:
                     aliases[root] = load_aliases(file)
                     self._alias_problems[root] = ()
@@ -20150,6 +20157,7 @@ class ConfigLayers:
         self.set = ConfigSet()
         self._folders = folders
         self._uses: dict[str, frozenset[str]] = {}  # config -> template files that it names
+        self.leaving: set[str] = set()  # the user's that were there a moment ago: to be asked for again, as "doubted"
 
     @property
     def files(self) -> int:
@@ -20157,20 +20165,28 @@ class ConfigLayers:
         return len(self._uses)
 
     def take(self, changes: FolderChanges) -> bool:
-        """Read what has changed; return whether anything had to be read.  Blocking: for a thread."""
+        """Read what has changed; return whether anything had to be read.  Blocking: for a thread.
+
+        A file of the user's that is not there is only `leaving`: many an editor takes the old one away before it writes
+        the new one, which would lose requests in between, and the last good version where the new one is broken.
+        """
         known = set(self._uses)
         gone = {file for file in known if any(file == path or file.startswith(f"{path}/") for path in changes.gone)}
         if changes.full:
             gone |= known - changes.files.keys()
-        gone = {file for file in gone if not changes.is_hidden(file)}  # perhaps they are as they were
-        changed = {file for file in changes.files if file.endswith(CONFIG_SUFFIXES)}
+        gone = {file for file in gone - changes.files.keys() if not changes.is_hidden(file)}  # else perhaps as it was
+        leaving = {file for file in gone if self._folders.layer_of(file) == "user"}
+        left = {file for file in self.leaving & changes.files.keys() if not os.path.lexists(file)}
+        self.leaving = (self.leaving | leaving) - changes.files.keys()
+        gone = gone - leaving | left
+        changed = {file for file in changes.files if file.endswith(CONFIG_SUFFIXES)} - left
         templates = (changes.files.keys() | changes.gone) - changed
         changed |= {file for file, uses in self._uses.items() if uses & templates}
         found: dict[tuple[Layer, str], LoadedConfig | None] = {}
-        for file in gone - changes.files.keys():
+        for file in gone:
             found[self._folders.layer_of(file), file] = None
             self._uses.pop(file, None)
-        for file in sorted(changed - (gone - changes.files.keys())):
+        for file in sorted(changed - gone):
             layer = self._folders.layer_of(file)
             found[layer, file] = self._read(file, layer)
         self.set = self.set.put_all(found).settle()
@@ -20429,6 +20445,8 @@ class Daemon:
                 elif changes.closed or self._folder_problems:  # perhaps it is there again, with nothing in it
                     self._check_folders()
                     self._tell_status()
+                if self._layers.leaving:
+                    asyncio.get_running_loop().call_later(LEAVING_S, watch.doubt, set(self._layers.leaving))
                 seen.set()
 
     def _replace_table(self) -> None:

@@ -322,7 +322,7 @@ FAULTS: dict[str, tuple[Callable[[WebFolder], None], str]] = {
     "another kind": (signed(lambda index: with_entry(index, "x.py")), "'x.py' is neither a config nor a template"),
     "wrong config": (with_file("x.yaml", "name: x\ntop_q: 1\n"), "x.yaml: top_q: unknown key, line 2 (did you mean"),
     "no YAML": (with_file("x.yaml", "{"), "x.yaml: "),
-    "wrong template": (with_wrong_template, "x.jinja: Expected an expression"),
+    "wrong template": (with_wrong_template, "x.jinja: line 1: Expected an expression"),
     "template of nobody": (with_file("x.jinja", "x"), "x.jinja: is named by no config beside it"),
     "extends nothing": (with_file("x.yaml", config("x") + "extends: y\n"), "x.yaml: extends: no other config"),
     "redirect to a file": (faulty(INDEX_FILE, redirect("file:///etc/passwd")), "redirects to file:///etc/passwd"),

@@ -548,6 +548,22 @@ async def test_aliases(models: Path) -> None:
         await index.wait_until(lambda inventory: aliases_of(inventory, "some-model.gguf") == ())
 
 
+async def test_aliases_that_an_editor_writes_anew(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the old file away first: the names stay for that moment."""
+    monkeypatch.setattr(localaid, "LEAVING_S", 3600.0)
+    write_gguf(models / "some-model.gguf")
+    aliases = models / "aliases.json"
+    aliases.write_text('{"some-model": {"alias": "whisper"}}')
+    async with running(models) as index:
+        await index.wait_until(lambda inventory: any(file.alias_names for file in inventory.files))
+        aliases.unlink()
+        write_gguf(models / "marker.gguf")
+        await known(index, "marker.gguf")
+        assert [file.alias_names for file in index.inventory.files if file.alias_names] == [(("whisper", None),)]
+        index._watch.doubt([str(aliases)])
+        await index.wait_until(lambda inventory: not any(file.alias_names for file in inventory.files))
+
+
 async def test_sha1_only_where_it_is_wanted(models: Path) -> None:
     """Files that are known already get theirs when a rule asks; meanwhile they are served."""
     content = write_gguf(models / "a.gguf")
