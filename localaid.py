@@ -1323,8 +1323,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     frequency_penalty: float | None = None  # 0: off
     presence_penalty: float | None = None  # 0: off
     logit_bias: dict[int, float] | None = None  # token id -> added to its logit
-    seed: int | None = None  # None: a new one for each request
-    max_tokens: int | None = None  # None: until the context is full
+    seed: int | None = None  # None: a new one for each request; -1: so too, whatever the sources below say
+    max_tokens: int | None = None  # None: until the context is full; -1: as `seed`
     ignore_eos: bool | None = None
 
 
@@ -1347,6 +1347,8 @@ def merge_sampling(*sources: Sampling) -> Sampling:
     merged = {}
     for name in Sampling.__struct_fields__:
         merged[name] = next((value for source in sources if (value := getattr(source, name)) is not None), None)
+    for name in ("seed", "max_tokens"):
+        merged[name] = None if merged[name] == -1 else merged[name]
     return Sampling(**merged)
 
 
@@ -1363,7 +1365,7 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     Names are llama-server's own.  None: localaid chooses (from the header and the machine).
     """
 
-    ctx_size: int | None = None  # tokens of ONE sequence, prompt and answer
+    ctx_size: int | None = None  # tokens of ONE sequence, prompt and answer; 0: what the model was trained on
     parallel: int | None = None  # sequences in the batch at once
     threads: int | None = None
     threads_batch: int | None = None
@@ -1578,8 +1580,15 @@ def _compose(document: bytes, file: str) -> list[yaml.Node]:
         raise fail(f"is not UTF-8 text (byte {error.start})") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        is_tab = mark is not None and text[mark.index : mark.index + 1] == "\t"
-        raise fail("a tab where YAML wants spaces" if is_tab else error.problem or "is not YAML", mark) from error
+        before = text[: mark.index + 1] if mark else ""
+        problem = error.problem or "is not YAML"
+        if before.endswith("\t"):
+            problem = "a tab where YAML wants spaces"
+        elif "alias" in problem:
+            problem = "found undefined alias; a text that begins with * must be in quotes"
+        elif re.search(r"[\[,:\-]\s*\*\W?$", before):
+            problem = 'a text that begins with * must be in quotes: "*"'
+        raise fail(problem, mark) from error
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise fail(" ".join(str(error).split())) from error
     return [node for node in nodes if node is not None]
@@ -1748,6 +1757,7 @@ def _render_node(node: yaml.Node) -> str:
 
 _HEX: Final = re.compile(r"[0-9a-f]+")
 _SHA_DIGITS: Final = {"sha256": 64, "sha1": 40}
+_MISSPELT_SHA: Final = re.compile(r"(sha256|sha1)[\s=_]+([0-9a-f]{24,})", re.IGNORECASE)
 _HEX_SUSPICIOUS: Final = 24  # so many hex digits and nothing else are a SHA that lost some, not a file's name
 
 
@@ -1768,6 +1778,8 @@ def parse_sha(text: str) -> str:
         return f"{algorithm}:{digits}"
     if colon and re.fullmatch(r"(sha|md|blake)[-_]?\d*\w*", algorithm):
         raise ValueError(f"expected sha256: or sha1:, got {algorithm}:")
+    if misspelt := _MISSPELT_SHA.fullmatch(text):
+        raise ValueError(f"expected sha256: or sha1:, got {text[:70]}", f"{misspelt[1].lower()}:{misspelt[2].lower()}")
     if text == "*":
         return text
     return parse_model_path(text.removeprefix("path:"))
@@ -1830,8 +1842,9 @@ def parse_duration(text: str) -> float:
 
 
 def parse_keep_alive(text: str) -> float:
-    """Return seconds of a duration; -1 means for ever.  Raises ValueError."""
-    return -1.0 if text.strip() == "-1" else parse_duration(text)
+    """Return seconds of a duration; -1, for ever, of a negative one, as Ollama has it.  Raises ValueError."""
+    text = text.strip()
+    return -1.0 if text.startswith("-") and parse_duration(text[1:]) else parse_duration(text)
 
 
 def parse_size(text: str) -> int:
@@ -1899,6 +1912,13 @@ def parse_integer(text: str, *, low: float, high: float) -> int:
     if not _INTEGER.fullmatch(text) or not low <= int(text) <= high:
         raise ValueError(f"expected a whole number from {low:.12g} to {high:.12g}, got {text[:70]}")
     return int(text)
+
+
+def parse_token_limit(text: str, *, low: float, high: float) -> int:
+    """Return a whole number of tokens up to `high`, or `low`, -1, for no limit.  Raises ValueError."""
+    if text == "0":
+        raise ValueError("expected at least 1 token, or -1 for no limit, got 0")
+    return parse_integer(text, low=low, high=high)
 
 
 def parse_flag(text: str) -> bool:
@@ -2192,9 +2212,9 @@ _LIMITS: Final[dict[str, tuple[float, float]]] = {
     "repeat_last_n": (-1, 1e6),
     "frequency_penalty": (-2, 2),
     "presence_penalty": (-2, 2),
-    "seed": (0, 2**53),
-    "max_tokens": (1, 1e9),
-    "ctx_size": (1, 1e8),
+    "seed": (-1, 2**53),
+    "max_tokens": (-1, 1e9),
+    "ctx_size": (0, 1e8),
     "parallel": (1, 256),
     "threads": (1, 4096),
     "threads_batch": (1, 4096),
@@ -2238,6 +2258,7 @@ def _kinds_of(model: type[msgspec.Struct]) -> dict[str, _Kind]:
         name, limits = item.name, _LIMITS.get(item.name)
         if limits is not None:
             parse = parse_integer if item.type in (int, int | None) else parse_number
+            parse = parse_token_limit if name == "max_tokens" else parse
             kinds[name] = _Kind(functools.partial(parse, low=limits[0], high=limits[1]), is_plain=True)
         elif name in _CHOICES:
             kinds[name] = _Kind(functools.partial(parse_choice, choices=_CHOICES[name]))
@@ -2513,7 +2534,15 @@ def _read_rules(reader: _Reader, document: bytes, layer: Layer) -> tuple[Rule, .
 def _entries(reader: _Reader, root: yaml.Node, keys: Keys) -> Iterator[tuple[str, yaml.Node, Keys]]:
     """Yield spelling, node and key path of each entry of one document."""
     if isinstance(root, yaml.SequenceNode):
-        yield from (("A", item, item_keys) for item, item_keys in reader.items(root, keys))
+        for item, item_keys in reader.items(root, keys):
+            words = {key.value for key, _ in item.value} if isinstance(item, yaml.MappingNode) else set()
+            if words & {"name", "shas"} and "model" not in words:
+                problem = (
+                    "a list is of models, each with `model` and `checksum` or `file`; a config with `name` and `shas`"
+                )
+                reader.fail(item, item_keys, f"{problem} is a document of its own: begin it with --- instead of -")
+            else:
+                yield "A", item, item_keys
     elif not _is_null(root):
         pairs = reader.pairs(root, keys)
         if "models" not in pairs:
@@ -5008,7 +5037,6 @@ def _read_sampling(values: Mapping[str, Value]) -> Sampling:
 # open where the text goes, and then encodes texts only.
 
 INT32_MAX: Final = 2**31 - 1
-NO_TOKEN_LIMIT: Final = INT32_MAX  # what max_tokens -1 asks for: until the context is full, whatever the rule says
 SEQUENCES_PER_REQUEST: Final = 2048  # prompts x n
 TOOLS_PER_REQUEST: Final = 1024
 TEXT_PART_TYPES: Final = ("text", "input_text", "output_text", "refusal")
@@ -5330,8 +5358,8 @@ def sampling_of(request: GenerationRequest) -> Sampling:
         presence_penalty=request.presence_penalty,
         logit_bias=request.logit_bias,
         # llama.cpp's seeds are 32 bits wide, and the highest of them means "a random one".
-        seed=None if request.seed in (None, -1) else request.seed % (2**32 - 1),
-        max_tokens=NO_TOKEN_LIMIT if max_tokens == -1 else max_tokens,
+        seed=request.seed if request.seed in (None, -1) else request.seed % (2**32 - 1),
+        max_tokens=max_tokens,
         ignore_eos=request.ignore_eos,
     )
 
@@ -8661,7 +8689,7 @@ class OutputParser:
         """
         self._feed = _Feed({tool.function.name: tool.function for tool in tooling.tools}, new_id)
         self._reader = _read_answer(self._feed, form, reasoning, inside=inside)
-        self._limit = len(tooling.tools) and (NO_TOKEN_LIMIT if tooling.parallel and not tooling.function else 1)
+        self._limit = len(tooling.tools) and (INT32_MAX if tooling.parallel and not tooling.function else 1)
         next(self._reader, None)
 
     @property
@@ -9875,10 +9903,10 @@ SCORE_STEP_BYTES: Final = 32 * 1024 * 1024  # of logits, where those of a whole 
 
 
 def choose_ctx_size(wanted: int | None, trained: int | None) -> int:
-    """Return the tokens of one sequence: as wanted, else what the model was trained on, up to `DEFAULT_CTX_SIZE`."""
+    """Return the tokens of one sequence: as wanted; 0: as the model was trained; None: so too, up to a usual length."""
     if wanted:
         return wanted
-    return min(trained or DEFAULT_CTX_SIZE, DEFAULT_CTX_SIZE)
+    return min(trained or DEFAULT_CTX_SIZE, DEFAULT_CTX_SIZE if wanted is None else sys.maxsize)
 
 
 def choose_cells(ctx_size: int, parallel: int) -> int:

@@ -31,6 +31,7 @@ from localaid import (
     diff_settings,
     extend_rules,
     merge_load,
+    merge_sampling,
     parse_aliases,
     parse_api_path,
     parse_config,
@@ -621,6 +622,23 @@ def test_bad_aliases(document: bytes) -> None:
     """A broken aliases.json is told like a broken config."""
     with pytest.raises(ConfigErrors, match=r"^aliases\.json: "):
         parse_aliases(document, file="aliases.json")
+
+
+def test_what_other_servers_call_no_limit() -> None:
+    """llama-server's and Ollama's spellings mean what they mean there, over what a config extends too."""
+    text = "name: a\nshas: ['*']\nn_predict: -1\nseed: -1\nload: {ctx_size: 0}\nkeep_alive: -1m\n"
+    (rule,) = parse(text)
+    assert (rule.sampling.max_tokens, rule.sampling.seed, rule.load.ctx_size, rule.keep_alive_s) == (-1, -1, 0, -1.0)
+    below = Sampling(max_tokens=5, seed=5)
+    merged = merge_sampling(Sampling(), rule.sampling, below)
+    assert (merged.max_tokens, merged.seed) == (None, None)
+    assert merge_sampling(Sampling(), below).seed == 5
+    assert merge_load(rule.load, LoadOptions(ctx_size=512)).ctx_size == 0
+    assert localaid.choose_ctx_size(0, 131072) == 131072
+    assert localaid.choose_ctx_size(None, 131072) == localaid.DEFAULT_CTX_SIZE
+    assert localaid.choose_ctx_size(0, None) == localaid.DEFAULT_CTX_SIZE
+    with pytest.raises(ValueError, match="expected a duration"):
+        localaid.parse_keep_alive("-x")
 
 
 def test_every_mistake_in_aliases_is_told_with_its_place() -> None:
