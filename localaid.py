@@ -367,7 +367,7 @@ class ModelFailed(LocalaidError):
     def __str__(self) -> str:
         """Return the sentence for the user."""
         return (
-            f"{self.file} cannot be run ({self.reason}); localaid tries it again in "
+            f"{self.file} cannot be run ({self.reason.rstrip('.')}); localaid tries it again in "
             f"{max(1, math.ceil(self.retry_after_s))} s, `localaid status` and the log say more."
         )
 
@@ -1302,6 +1302,21 @@ _PATH_WORDS: Final = {  # what a path may be called, without "/v1/"
 }
 
 CONFIG_SUFFIXES: Final = (".yaml", ".yml")
+
+
+JSON_CONFIG: Final = "is passed over: a config is called .yaml or .yml; JSON is YAML too, so renaming it will do"
+
+
+def is_json_config(name: str) -> bool:
+    """Return whether a file among configs may be one that was written as JSON."""
+    return name.lower().endswith(".json")
+
+
+def is_config_name(name: str) -> bool:
+    """Return whether a file is called as configs are, in lower or upper case."""
+    return name.lower().endswith(CONFIG_SUFFIXES)
+
+
 DOCUMENT_LIMIT_BYTES: Final = 1024 * 1024  # of one file
 _DEPTH_LIMIT: Final = 32  # deeper nesting is no config, and libyaml's recursion would end the process
 _VISIT_LIMIT: Final = 30_000  # lists read of one file; YAML aliases can make 10^9 of a few lines
@@ -14363,7 +14378,11 @@ class DigestCache:
             content = msgspec.msgpack.decode(body, type=_CacheContent)
         except (FileNotFoundError, NotADirectoryError):
             return
-        except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+        except OSError as error:
+            why = explain_unreadable(self._file, error)
+            INDEX_LOG.warning("%s cannot be read, all models are hashed anew: %s", self._file, why)
+            return
+        except ValueError as error:  # msgspec's errors are ValueErrors
             INDEX_LOG.warning("%s is damaged (%s) and thrown away; all models are hashed anew", self._file, error)
             return
         for stamp, known in content.entries:
@@ -14406,6 +14425,8 @@ class DigestCache:
             draft.replace(self._file)
         except OSError as error:
             INDEX_LOG.warning("%s cannot be written, the next start hashes anew: %s", self._file, error)
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)  # half of it would only take room
 
 
 # -- hashing --
@@ -14654,6 +14675,7 @@ class ModelIndex:
         self._manifests: dict[str, Manifest] = {}  # by path
         self._jobs: dict[tuple[int, int], HashJob] = {}  # one a file; the loop may have given up others
         self._racy: set[tuple[int, int]] = set()  # files whose stamp may hide a change
+        self._misnamed: set[str] = set()  # files whose names JSON cannot carry
         self._doubted: set[str] = set()  # paths whose content is another one than is known, until they were looked at
         self._infos: dict[str, ModelInfo] = {}
         self._sha1 = False
@@ -14809,6 +14831,7 @@ class ModelIndex:
             for known in (path, *below):
                 self._files.pop(known, None)
                 self._unreadable.pop(known, None)
+        self._take_misnamed(changes)
         for path, change in changes.files.items():
             stamp = found[path]
             if stamp is None:
@@ -14822,6 +14845,12 @@ class ModelIndex:
             self._jobs.pop(identity).cancelled = True
         self._save_soon()
         self._publish_soon(_PUBLISH_S if self._jobs else 0.0)
+
+    def _take_misnamed(self, changes: FolderChanges) -> None:
+        """Bring the files whose names are not UTF-8 up to date: they are listed, and that is all."""
+        gone = [path for path in self._misnamed for top in changes.gone if path == top or path.startswith(f"{top}/")]
+        self._misnamed = set() if changes.full else self._misnamed.difference(gone)
+        self._misnamed.update(path for path in changes.files if show_name(path) != path)
 
     def _take_file(self, path: str, stamp: Stamp, change: FileChange, *, exact: bool) -> None:
         """Note a file that is there, and have read what is not known of it."""
@@ -14904,7 +14933,7 @@ class ModelIndex:
             )
             for path, stamp in self._files.items()
         ]
-        listing = _Listing(parts, self._watch.roots, self._aliases, self._manifests.values())
+        listing = _Listing(parts, self._watch.roots, self._aliases, self._manifests.values(), self._misnamed)
         self._infos = listing.infos
         problems = itertools.chain.from_iterable(self._alias_problems.values())
         inventory, before = Inventory(listing.entries, problems, listing.warnings), self.inventory
@@ -14932,6 +14961,11 @@ class ModelIndex:
         task = self._loop.create_task(asyncio.to_thread(self._plan_save()))
         self._saves.add(task)
         task.add_done_callback(self._saves.discard)
+
+
+def show_name(path: str) -> str:
+    """Return a path as it can be shown, and sent as JSON: itself where it is UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def load_aliases(file: str) -> dict[str, tuple[str, str | None]]:
@@ -15080,6 +15114,7 @@ class _Listing:
         roots: Sequence[str],
         aliases: Mapping[str, Mapping[str, tuple[str, str | None]]],
         manifests: Iterable[Manifest] = (),
+        misnamed: Iterable[str] = (),
     ) -> None:
         """List `files`, the parts of a split model as one; what other programs' stores have beside models is left."""
         self.entries: list[FileEntry] = []
@@ -15110,6 +15145,10 @@ class _Listing:
             elif file.stamp.identity not in grouped:  # else a link with the right name leads to it
                 wanted = SplitName("name", 1, info.parts).part(info.part + 1)
                 self._add(file, info, f"it is a part of a split model, which llama.cpp finds by a name like {wanted}")
+        for path in misnamed:
+            relative = show_name(path[len(self._root_of(path)) + 1 :])
+            problem = "its name is not UTF-8; rename it"
+            self.entries.append(FileEntry(path=show_name(path), relative=relative, sha256=None, problem=problem))
         self.warnings = tuple(self._find_idle_aliases())
 
     def _find_idle_aliases(self) -> Iterator[ConfigProblem]:
@@ -15145,9 +15184,12 @@ class _Listing:
         problem = problem or (serving_problem(info) if info else None)
         self._add(first or parts[min(parts)], info, problem, tuple(parts[number] for number in sorted(parts)))
 
+    def _root_of(self, path: str) -> str:
+        return next(root for root in self._roots if path.startswith(f"{root}/"))
+
     def _add(self, file: _Part, info: ModelInfo | None, problem: str | None, parts: tuple[_Part, ...] = ()) -> None:
         """Add the entry of one model or other file."""
-        root = next(root for root in self._roots if file.path.startswith(f"{root}/"))
+        root = self._root_of(file.path)
         relative = file.path[len(root) + 1 :]
         if info and file.known.sha256:
             self.infos[file.known.sha256] = info
@@ -15329,7 +15371,7 @@ def find_below(folder: Path, on_error: Callable[[OSError], object] | None = None
                 continue
             seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not is_temporary(name))
-        names = (name for name in files if name.endswith(CONFIG_SUFFIXES) and not is_temporary(name))
+        names = (name for name in files if is_config_name(name) and not is_temporary(name))
         found += [str(Path(at, name)) for name in names]
     return sorted(found)
 
@@ -20185,6 +20227,7 @@ class ConfigLayers:
         self.set = ConfigSet()
         self._folders = folders
         self._uses: dict[str, frozenset[str]] = {}  # config -> template files that it names
+        self._told: set[str] = set()  # files that are passed over
         self.leaving: set[str] = set()  # the user's that were there a moment ago: to be asked for again, as "doubted"
 
     @property
@@ -20207,7 +20250,7 @@ class ConfigLayers:
         left = {file for file in self.leaving & changes.files.keys() if not os.path.lexists(file)}
         self.leaving = (self.leaving | leaving) - changes.files.keys()
         gone = gone - leaving | left
-        changed = {file for file in changes.files if file.endswith(CONFIG_SUFFIXES)} - left
+        changed = set(filter(is_config_name, changes.files)) - left
         templates = (changes.files.keys() | changes.gone) - changed
         changed |= {file for file, uses in self._uses.items() if uses & templates}
         found: dict[tuple[Layer, str], LoadedConfig | None] = {}
@@ -20218,12 +20261,25 @@ class ConfigLayers:
             layer = self._folders.layer_of(file)
             found[layer, file] = self._read(file, layer)
         self.set = self.set.put_all(found).settle()
+        for file in set(filter(is_json_config, changes.files)) - self._told - self._templates:
+            self._told.add(file)
+            if self._folders.layer_of(file) == "user":
+                DAEMON_LOG.warning("%s %s", file, JSON_CONFIG)
         return bool(gone or changed)
+
+    @property
+    def _templates(self) -> AbstractSet[str]:
+        return set().union(*self._uses.values())
+
+    def find_passed_over(self, folders: Iterable[str]) -> list[str]:
+        """Return the files below folders that look like configs, and are not read as such."""
+        below = (os.path.join(at, name) for top in folders for at, _, names in os.walk(top) for name in names)  # noqa: PTH118 - as strings
+        return sorted(set(filter(is_json_config, below)) - self._templates)
 
     def _read(self, file: str, layer: Layer) -> LoadedConfig:
         """Read and parse one file."""
-        shown = os.fsencode(file).decode("utf-8", "replace")
-        if shown != file:  # JSON could not carry it
+        shown = show_name(file)
+        if shown != file:
             problem = ConfigProblem(shown, "", "its name is not UTF-8; rename it")
             return self.set.problems(file, layer, (problem,))
         try:
@@ -21759,7 +21815,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     problems = [
         ConfigProblem(str(file), "", f"is no config: the name of one ends in {' or '.join(CONFIG_SUFFIXES)}")
         for file in named
-        if os.path.isfile(file) and file.suffix not in CONFIG_SUFFIXES and file.name != ALIASES_FILE  # noqa: PTH113 - raises nothing, as Path's does
+        if os.path.isfile(file) and not is_config_name(file.name) and file.name != ALIASES_FILE  # noqa: PTH113 - raises nothing, as Path's does
     ]
     settings = Settings()
     if not named or any(file.name == "localaid.yaml" for file in named) or arguments.settings:
@@ -21782,9 +21838,11 @@ def run_check(arguments: argparse.Namespace) -> int:
     problems += [problem for problem in found if problem.file in files]
     for problem in problems:
         print(problem)  # noqa: T201
-    for warning in find_warnings(table):
-        if warning.file in files:
-            print(f"warning: {warning}")  # noqa: T201
+    warnings = [warning for warning in find_warnings(table) if warning.file in files]
+    folders_read = [str(path) for path in configs if os.path.isdir(path)]  # noqa: PTH112 - as above
+    warnings += [ConfigProblem(file, "", JSON_CONFIG) for file in layers.find_passed_over(folders_read)]
+    for warning in warnings:
+        print(f"warning: {warning}")  # noqa: T201
     if not problems:
         where = "" if is_named else f" ({folders.configs}, {settings_file})"
         rules = sum(rule.file in files for rule in table.rules)
@@ -21844,9 +21902,16 @@ def run_list(arguments: argparse.Namespace) -> int:
 
 
 async def _read_folders(arguments: argparse.Namespace) -> tuple[Table, Inventory]:
-    """Return what a daemon would have in force: read the folders, hash what the cache does not know."""
+    """Return what a daemon would have in force: read the folders, hash what the cache does not know.
+
+    What is wrong with folders and configs is told on stderr.
+    """
     settings = load_settings(choose_settings_file(arguments, os.environ), must_exist=bool(arguments.settings))
     folders = choose_folders(arguments, settings, os.environ)
+    named = (*(folders.models if arguments.models else ()), *((folders.configs,) if arguments.configs else ()))
+    for folder in named:
+        if problem := check_folder(folder, os.environ):
+            print(problem, file=sys.stderr)  # noqa: T201
     index = ModelIndex(folders.models, state=folders.state, hash_threads=settings.hash_threads)
     await index.start()
     try:
@@ -21859,7 +21924,9 @@ async def _read_table(folders: Folders, index: ModelIndex) -> tuple[Table, Inven
     """Return what some folders make, once `index`, which has been started, has hashed what it did not know."""
     configs = _read_configs(folders)
     inventory = await _wait_for_hashes(index, configs)
-    table, _ = configs.merge(auto_rules(inventory.files))
+    table, problems = configs.merge(auto_rules(inventory.files))
+    for problem in (*problems, *inventory.problems):
+        print(problem, file=sys.stderr)  # noqa: T201
     return table, inventory
 
 
@@ -22289,7 +22356,9 @@ def _show_demo(daemon: subprocess.Popen[str], folder: Path, *, once: bool) -> in
     print(f"\n> {DEMO_QUESTION}\n")  # noqa: T201
     asyncio.run(_stream_answer(base, body))
     example = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hello!"}]})
-    print(f"\n\nAsk it yourself:\n  curl {base}{CHAT} -H 'Content-Type: application/json' -d '{example}'")  # noqa: T201
+    where = f"--unix-socket {shlex.quote(base.removeprefix('unix:'))} http://localhost"
+    where = where if base.startswith("unix:") else base
+    print(f"\n\nAsk it yourself:\n  curl {where}{CHAT} -H 'Content-Type: application/json' -d '{example}'")  # noqa: T201
     print(f"Models: {folder}/models   configs: {folder}/configs   (drop files in: they are served at once)")  # noqa: T201
     if not once:
         print("Serving until Ctrl-C.", flush=True)  # noqa: T201

@@ -55,6 +55,29 @@ def test_check_of_a_file_that_is_no_config_says_so(tmp_path: Path) -> None:
     assert f"{file}: is no config: the name of one ends in .yaml or .yml" in result.stdout
 
 
+def test_check_of_names_that_are_nearly_right(tmp_path: Path) -> None:
+    """Upper case is read; JSON is not, unless as a template, and that is told."""
+    (tmp_path / "A.YAML").write_text("name: a\nshas: ['*']\ntop_q: 1\n")
+    (tmp_path / "b.json").write_text('{"name": "b"}')
+    (tmp_path / "t.json").write_text("{}")
+    (tmp_path / "c.Yml").write_text("name: c\nshas: [c.gguf]\ntemplate: {chat: t.json}\n")
+    result = run("check", "--configs", tmp_path, home=tmp_path)
+    assert f"{tmp_path}/A.YAML: top_q: unknown key" in result.stdout
+    assert f"warning: {tmp_path}/b.json: is passed over: a config is called .yaml or .yml" in result.stdout
+    assert "t.json" not in result.stdout
+
+
+def test_offline_explain_and_list_tell_what_is_wrong(tmp_path: Path) -> None:
+    """On stderr, beside their answer."""
+    (tmp_path / "a.yaml").write_text("name: a\nshas: ['*']\ntop_q: 1\n")
+    for command in (("explain", "v1/chat", "a"), ("list",)):
+        result = run(*command, "--configs", tmp_path, "--models", tmp_path / "none", home=tmp_path)
+        assert f"{tmp_path}/a.yaml: top_q: unknown key, line 3 (did you mean top_p?)" in result.stderr
+        assert f"{tmp_path}/none: user " in result.stderr
+        assert "finds no such folder" in result.stderr
+        assert "top_q" not in result.stdout
+
+
 def test_check_reads_aliases(tmp_path: Path) -> None:
     """Those that are named, else those of the models folder."""
     models = tmp_path / ".local/share/localaid/models"

@@ -621,13 +621,37 @@ async def test_a_file_that_changes_while_it_is_hashed_is_hashed_anew(
         assert shown - {None} == {sha256(new)}
 
 
-async def test_names_that_are_not_utf8_are_passed_over(models: Path) -> None:
-    """JSON could not carry them."""
+async def test_names_that_are_not_utf8_are_listed_as_such(models: Path) -> None:
+    """JSON could not carry them as they are."""
     write_gguf(models / "a.gguf")
     shutil.copy(models / "a.gguf", models / os.fsdecode(b"b\xff.gguf"))
     async with running(models) as index:
         await known(index, "a.gguf")
-        assert [file.relative for file in index.inventory.files] == ["a.gguf"]
+        (entry,) = [file for file in index.inventory.files if file.relative != "a.gguf"]
+        assert (entry.relative, entry.problem) == ("b\ufffd.gguf", "its name is not UTF-8; rename it")
+        (models / os.fsdecode(b"b\xff.gguf")).rename(models / "b.gguf")
+        await known(index, "b.gguf")
+        assert [file.relative for file in index.inventory.files] == ["b.gguf", "a.gguf"]
+
+
+async def test_a_cache_that_cannot_be_read_or_written(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told as what it is, and no half of it is left behind."""
+    write_gguf(models / "a.gguf")
+    file = tmp_path / "state" / localaid.DigestCache.FILE_NAME
+    file.mkdir(parents=True)  # as good as one that may not be read: root may read everything
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    async with running(models, state=file.parent) as index:
+        await known(index, "a.gguf")
+        assert f"{file} cannot be read, all models are hashed anew: Is a directory" in caplog.text
+    assert f"{file} cannot be written, the next start hashes anew: " in caplog.text
+    assert "No space left" in caplog.text
+    assert list(file.parent.iterdir()) == [file]
 
 
 async def test_fifos_do_not_hold_anything_up(models: Path) -> None:
