@@ -22355,15 +22355,20 @@ def _show_demo(daemon: subprocess.Popen[str], folder: Path, *, once: bool) -> in
     body = {"model": "demo", "stream": True, "max_tokens": 64, "messages": [{"role": "user", "content": DEMO_QUESTION}]}
     print(f"\n> {DEMO_QUESTION}\n")  # noqa: T201
     asyncio.run(_stream_answer(base, body))
-    example = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hello!"}]})
-    where = f"--unix-socket {shlex.quote(base.removeprefix('unix:'))} http://localhost"
-    where = where if base.startswith("unix:") else base
-    print(f"\n\nAsk it yourself:\n  curl {where}{CHAT} -H 'Content-Type: application/json' -d '{example}'")  # noqa: T201
+    print(f"\n\nAsk it yourself:\n  {render_curl(base)}")  # noqa: T201
     print(f"Models: {folder}/models   configs: {folder}/configs   (drop files in: they are served at once)")  # noqa: T201
     if not once:
         print("Serving until Ctrl-C.", flush=True)  # noqa: T201
         daemon.wait()
     return 0
+
+
+def render_curl(base: str) -> str:
+    """Return the command that asks the demo's model at `base`, "http://HOST:PORT" or "unix:PATH"."""
+    if base.startswith("unix:"):
+        base = f"--unix-socket {shlex.quote(base.removeprefix('unix:'))} http://localhost"
+    example = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hello!"}]})
+    return f"curl {base}{CHAT} -H 'Content-Type: application/json' -d '{example}'"
 
 
 async def _stream_answer(base: str, body: Mapping[str, object]) -> None:

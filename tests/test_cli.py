@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import localaid
 from conftest import PROGRAM, StartDaemon
 from models import place_model
 
@@ -213,6 +214,18 @@ def test_hash_draws_a_bar_on_a_terminal(smollm2: Path, tmp_path: Path) -> None:
         os.close(ours)
     assert out.decode() == f"sha256:{SMOLLM2}  {smollm2}\n"
     assert b"100 %" in drawn
+
+
+@pytest.mark.parametrize(
+    ("base", "where"),
+    [
+        ("http://127.0.0.1:8080", "curl http://127.0.0.1:8080/v1/chat/completions -H"),
+        ("unix:/run/a b.sock", "curl --unix-socket '/run/a b.sock' http://localhost/v1/chat/completions -H"),
+    ],
+)
+def test_the_demo_names_a_command_that_reaches_it(base: str, where: str) -> None:
+    """Also over a unix socket."""
+    assert localaid.render_curl(base).startswith(where)
 
 
 def test_the_demo_answers(smollm2: Path, tmp_path: Path) -> None:

@@ -492,3 +492,8 @@ def test_an_error_crosses_the_wire_as_itself(error: LocalaidError) -> None:
     assert type(again) is type(error)
     assert str(again) == str(error)
     assert "NoSuchError" in str(error_from_wire("NoSuchError", {}))
+
+
+def test_a_reason_that_is_a_sentence_ends_none_within_another() -> None:
+    """Its full stop goes."""
+    assert "cannot be run (it is broken); localaid" in str(ModelFailed("a.gguf", "it is broken.", 3.0))
