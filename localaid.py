@@ -5400,7 +5400,7 @@ def decode_body(decoder: msgspec.json.Decoder[BodyT], body: bytes) -> BodyT:
     except RecursionError as error:
         raise BadRequest(param=None, problem="nests too deeply") from error
     except msgspec.ValidationError as error:
-        raise _explain(str(error)) from error
+        raise _explain(str(error), decoder.type) from error
     except msgspec.DecodeError as error:
         raise BadRequest(param=None, problem=f"is not JSON ({error})") from error
 
@@ -5541,8 +5541,28 @@ _RANGE_WORDS: Final = {"<=": "at most", ">=": "at least", ">": "more than", "<":
 _LENGTH_WORDS: Final = {"str": " characters", "array": " items", "object": " entries"}
 
 
-def _explain(text: str) -> BadRequest:
-    """Return msgspec's sentence on a wrong value as an error in the words of JSON."""
+_PLACE_KEY: Final = re.compile(r"\w+|\[[^]]*\]")
+
+
+def _find_choices(node: msgspec.inspect.Type, keys: Sequence[str]) -> Iterator[str]:
+    """Yield the texts that may stand at a place in a body, where it is not any text."""
+    match node:
+        case msgspec.inspect.UnionType(types=types):
+            for one in types:
+                yield from _find_choices(one, keys)
+        case msgspec.inspect.LiteralType(values=values) if not keys:
+            yield from map(str, values)
+        case msgspec.inspect.StructType(fields=fields, tag=tag, tag_field=tag_field) if keys:
+            yield from [str(tag)] if keys[0] == tag_field else []
+            for field_ in fields:
+                if field_.encode_name == keys[0]:
+                    yield from _find_choices(field_.type, keys[1:])
+        case msgspec.inspect.ListType(item_type=item) | msgspec.inspect.DictType(value_type=item) if keys:
+            yield from _find_choices(item, keys[1:])
+
+
+def _explain(text: str, body: type) -> BadRequest:
+    """Return msgspec's sentence on a wrong value in a `body` as an error in the words of JSON."""
     place = _PLACE.search(text)
     param = place[1].replace("[...]", "") if place else ""
     if found := _MISSING.search(text):
@@ -5554,7 +5574,9 @@ def _explain(text: str) -> BadRequest:
         unit = _LENGTH_WORDS[found[1]] if found[2] else ""
         problem = f"must {'have' if unit else 'be'} {_RANGE_WORDS[found[3]]} {found[4].removesuffix('.0')}{unit}"
     elif found := _WRONG_VALUE.search(text):
-        problem = f"must be one of the values that it takes here, not {found[1][:100]!r}"
+        keys = _PLACE_KEY.findall(place[1]) if place else []
+        choices = ", ".join(dict.fromkeys(_find_choices(msgspec.inspect.type_info(body), keys)))
+        problem = f"must be one of {choices or 'the values that it takes here'}, not {found[1][:100]!r}"
     else:
         problem = f"is not valid ({text.removesuffix(place[0]) if place else text})"
     return BadRequest(param=param or None, problem=problem)

@@ -273,11 +273,24 @@ def test_what_changes_nothing_is_accepted() -> None:
         ({"ignore_eos": 1}, "ignore_eos", None),
         ({"stream_options": {}}, "stream_options", "`stream_options` is only allowed where `stream` is true."),
         ({"chat_template_kwargs": {"a": [1]}}, "chat_template_kwargs", None),
-        ({"reasoning_effort": "huge"}, "reasoning_effort", None),
+        (
+            {"reasoning_effort": "huge"},
+            "reasoning_effort",
+            "`reasoning_effort` must be one of high, low, medium, minimal, none, xhigh, not 'huge'.",
+        ),
+        (
+            {"messages": [{"role": "wizard", "content": "x"}]},
+            "messages[0].role",
+            "`messages[0].role` must be one of assistant, developer, function, system, tool, user, not 'wizard'.",
+        ),
         ({"logprobs": 3}, "logprobs", "`logprobs` must be true or false or null, not an integer."),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "`top_logprobs` must be at most 20."),
         ({"top_logprobs": 2}, "top_logprobs", "`top_logprobs` needs `logprobs` to be true."),
-        ({"response_format": {"type": "xml"}}, "response_format.type", None),
+        (
+            {"response_format": {"type": "xml"}},
+            "response_format.type",
+            "`response_format.type` must be one of text, json_object, json_schema, not 'xml'.",
+        ),
         ({"response_format": {}}, "response_format.type", "`response_format.type` is missing."),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", None),
         (
