@@ -722,7 +722,9 @@ def test_sigterm_lets_a_running_answer_come_to_its_end(
 ) -> None:
     """STOPPING=1, the whole stream, exit status 0, no worker left."""
     served = daemon(
-        [tiny_llama], settings={"load": {"ctx_size": 4096}}, env={"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        [tiny_llama],
+        settings={"load": {"ctx_size": 4096, "threads": 1}, "drain": "10m"},
+        env={"NOTIFY_SOCKET": str(tmp_path / "notify")},
     )
 
     async def ask() -> bytes:
