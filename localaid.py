@@ -77,6 +77,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import pwd
 import queue
@@ -2819,7 +2820,13 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     quantisation: str | None = None  # from the header
     title: str | None = None  # from the header: what its makers call it
     content: str = ""  # the same for all paths of one file, hashed or not; empty: not known
-    weights: tuple[WeightsFile, ...] = ()  # itself, of a split model all parts in their order; empty: not known
+    stamp: tuple[int, ...] = ()  # begins with the `Content` of the file; empty: not known
+    later_parts: tuple[WeightsFile, ...] = ()  # of a split model
+
+    @property
+    def weights(self) -> tuple[WeightsFile, ...]:
+        """What a load opens, in order; empty: not known."""
+        return (WeightsFile(self.path, cast("Content", self.stamp[:4])), *self.later_parts) if self.stamp else ()
 
     @property
     def file_name(self) -> str:
@@ -2988,7 +2995,8 @@ def auto_rules(files: Iterable[FileEntry]) -> tuple[Rule, ...]:
     manifest gives.  A name that is a digest counts only where the content has no better one.
     """
     served = sorted((file for file in files if file.problem is None), key=lambda file: file.path)
-    own_names, owners = _choose_own_names(served)
+    own_names = _choose_own_names(served)
+    owners = _find_owners(served, own_names)
     rules = []
     taken: set[tuple[str, str]] = set()  # (content, name): under its further paths a content gets further names only
     for file in served:
@@ -3016,9 +3024,7 @@ def auto_rules(files: Iterable[FileEntry]) -> tuple[Rule, ...]:
 def find_alias_clashes(files: Iterable[FileEntry]) -> tuple[ConfigProblem, ...]:
     """Return a warning for each second name that a file does not get, as it is another file's own."""
     served = [file for file in files if file.problem is None]
-    if not any(file.alias_names for file in served):
-        return ()
-    _, owners = _choose_own_names(served)
+    owners = _find_owners(served, _choose_own_names(served)) if any(file.alias_names for file in served) else {}
     return tuple(
         ConfigProblem(aliases_file_of(file), file.relative, f"{alias} is another file's own name, which keeps it")
         for file in served
@@ -3032,8 +3038,17 @@ def aliases_file_of(file: FileEntry) -> str:
     return file.path.removesuffix(file.relative) + ALIASES_FILE
 
 
-def _choose_own_names(served: Sequence[FileEntry]) -> tuple[dict[str, tuple[str, ...]], dict[str, set[str]]]:
-    """Return path -> the names that a file has of itself, and name -> the contents that have it so."""
+def _find_owners(served: Sequence[FileEntry], own_names: Mapping[str, tuple[str, ...]]) -> dict[str, set[str]]:
+    """Return name -> the contents whose own it is; empty where there is no alias that it could matter to."""
+    owners: dict[str, set[str]] = {}
+    for file in served if any(file.alias_names for file in served) else ():
+        for name in own_names[file.path]:
+            owners.setdefault(name, set()).add(content_of(file))
+    return owners
+
+
+def _choose_own_names(served: Sequence[FileEntry]) -> dict[str, tuple[str, ...]]:
+    """Return path -> the names that a file has of itself."""
     stems = _choose_stems(served)
     claims: dict[str, set[str]] = {}  # name -> contents of the files that it could mean
     for file in served:
@@ -3041,7 +3056,6 @@ def _choose_own_names(served: Sequence[FileEntry]) -> tuple[dict[str, tuple[str,
             for name in {stem, _plain_name(stem)}:
                 claims.setdefault(name, set()).add(content_of(file))
     names: dict[str, tuple[str, ...]] = {}
-    owners: dict[str, set[str]] = {}
     for file in served:
         own: list[str] = []
         if stem := stems.get(file.path):
@@ -3050,9 +3064,7 @@ def _choose_own_names(served: Sequence[FileEntry]) -> tuple[dict[str, tuple[str,
         elif stem is not None:
             own = [_stem(file.relative)]
         names[file.path] = tuple(own)
-        for name in own:
-            owners.setdefault(name, set()).add(content_of(file))
-    return names, owners
+    return names
 
 
 _SNAPSHOT: Final = re.compile(r"(.*/models--[^/]+/snapshots/)[0-9a-f]{40}(/.*)", re.DOTALL)
@@ -3153,11 +3165,16 @@ class ConfigSet:
     def __init__(
         self,
         files: Mapping[tuple[Layer, str], LoadedConfig] | None = None,
+        before: Mapping[tuple[Layer, str], LoadedConfig] | None = None,
         settled: Mapping[tuple[Layer, str], tuple[Rule, ...]] | None = None,
     ) -> None:
-        """Hold `files`, (layer, file name) -> config; and the rules of those that were `settled`, finished."""
-        self.files: Final = dict(files or {})
-        self.settled: Final = dict(settled or {})
+        """Hold `files`, (layer, file name) -> config.
+
+        `before` are the files that were settled last, `settled` the rules that stood for some of these, finished.
+        """
+        self.files: Final = files or {}
+        self._before: Final = before or {}
+        self._settled: Final = settled or {}
 
     def put(
         self, file: str, layer: Layer, document: bytes | None, templates: Mapping[str, str] | None = None
@@ -3168,7 +3185,8 @@ class ConfigSet:
     def put_all(self, changes: Mapping[tuple[Layer, str], LoadedConfig | None]) -> ConfigSet:
         """Return the set with what `read` and `problems` made of several files; None: it is gone."""
         merged = {**self.files, **changes}
-        return ConfigSet({key: config for key, config in merged.items() if config is not None}, self.settled)
+        present = {key: config for key, config in merged.items() if config is not None}
+        return ConfigSet(present, self._before, self._settled)
 
     def settle(self) -> ConfigSet:
         """Return the set that knows its rules as they are now: where an `extends` breaks later, the file keeps them.
@@ -3176,10 +3194,18 @@ class ConfigSet:
         A mistake in what a config extends, or the end of that, is not always in the config's own file.
         """
         rules, _, lame = self._extended
-        files: dict[tuple[Layer, str], list[Rule]] = {}
-        for rule in rules:
-            files.setdefault((rule.layer, rule.file), []).append(rule)
-        return ConfigSet(self.files, {key: tuple(rules) for key, rules in files.items() if key not in lame})
+        settled: dict[tuple[Layer, str], tuple[Rule, ...]] = dict.fromkeys(lame, ())
+        for key, group in itertools.groupby(rules, lambda rule: (rule.layer, rule.file)):  # in canonical order
+            finished = tuple(group)
+            if key not in lame and any(map(operator.is_not, finished, self.files[key].rules)):
+                settled[key] = finished
+        return ConfigSet(self.files, self.files, settled)
+
+    def kept(self, key: tuple[Layer, str]) -> tuple[Rule, ...]:
+        """Return the rules of a file, finished, as they stood when the set was settled last; empty: it had none."""
+        if key in self._settled:
+            return self._settled[key]
+        return self._before[key].rules if key in self._before else ()
 
     @functools.cached_property
     def _extended(self) -> tuple[tuple[Rule, ...], tuple[ConfigProblem, ...], AbstractSet[tuple[Layer, str]]]:
@@ -3190,9 +3216,9 @@ class ConfigSet:
             return rules, (), set()
         finished = set(map(rule_order, rules))
         broken = {(rule.layer, rule.file) for rule in given if rule_order(rule) not in finished}
-        stay = broken & self.settled.keys()
+        stay = {key for key in broken if self.kept(key)}
         others = (rule for rule in rules if (rule.layer, rule.file) not in stay)
-        kept = (rule for key in stay for rule in self.settled[key])
+        kept = (rule for key in stay for rule in self.kept(key))
         return tuple(sorted((*others, *kept), key=rule_order)), problems, broken - stay
 
     def read(
@@ -15235,7 +15261,8 @@ class _Listing:
                 quantisation=info.quantisation if info else None,
                 title=info.name if info else None,
                 content=f"{file.stamp.device:x}:{file.stamp.inode:x}",
-                weights=tuple(WeightsFile(part.path, part.stamp.content) for part in parts or (file,)),
+                stamp=file.stamp,
+                later_parts=tuple(WeightsFile(part.path, part.stamp.content) for part in parts[1:]),
             )
         )
 
@@ -20576,7 +20603,8 @@ class Daemon:
     def _has_good(self, file: str) -> bool:
         """Return whether something of a config, or aliases.json, which is broken now stays in force."""
         named = any(aliases_file_of(one) == file for one in self.inventory.files if one.alias_names)
-        return named or any(file == settled for _, settled in self._layers.set.settled)
+        configs = self._layers.set
+        return named or any(configs.kept(key) for key in configs.files if key[1] == file)
 
     def _declare_new(self) -> None:
         """Tell the workers in memory of prompts that rules have come to declare."""

@@ -567,7 +567,13 @@ async def test_a_part_that_is_replaced_means_another_worker(bench: Bench) -> Non
         part.write_text(content, encoding="utf-8")
         weights = (weights_of(Path(target.load.path)), weights_of(part))
         entries.append(
-            localaid.FileEntry(path=target.load.path, relative="m.gguf", sha256=target.sha256, weights=weights)
+            localaid.FileEntry(
+                path=target.load.path,
+                relative="m.gguf",
+                sha256=target.sha256,
+                stamp=weights[0].content,
+                later_parts=weights[1:],
+            )
         )
         load = msgspec.structs.replace(target.load, weights=list(weights))
         keys.append(msgspec.structs.replace(target, load=load))
