@@ -408,7 +408,7 @@ def test_message_tools_round_trip(claude: anthropic.Anthropic, choice: anthropic
         {"role": "assistant", "content": [block.to_dict() for block in first.content]},  # type: ignore[list-item,misc]
         {"role": "user", "content": [result, {"type": "text", "text": "Answer in one word."}]},
     ]
-    answer = claude.messages.create(model=NAME, max_tokens=16, messages=messages, tools=[PLACES])
+    answer = claude.messages.create(model=NAME, max_tokens=16, messages=messages, tools=[PLACES], **GREEDY)
     assert answer.stop_reason in ("end_turn", "max_tokens", "tool_use")
     assert answer.content
 
