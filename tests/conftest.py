@@ -17,6 +17,7 @@ from models import (
     find_minilm,
     find_smollm2,
     place_model,
+    write_small_smollm2,
     write_tiny_llama,
     write_tiny_mamba,
     write_tiny_reranker,
@@ -48,6 +49,12 @@ def gemma() -> Path:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a llama model with random weights that loads in milliseconds."""
     return write_tiny_llama(tmp_path_factory.mktemp("tiny-llama") / "tiny-llama.gguf")
+
+
+@pytest.fixture(scope="session")
+def small_smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model with SmolLM2's vocabulary, template and a context of 65,536, and tiny random weights."""
+    return write_small_smollm2(tmp_path_factory.mktemp("small-smollm2") / "small-smollm2.gguf")
 
 
 @pytest.fixture(scope="session")
@@ -129,6 +136,32 @@ class StartDaemon(Protocol):
 @pytest.fixture
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartDaemon]:
     """Start localaid processes; see `StartDaemon`."""
+    yield from _serve(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def shared(
+    tmp_path_factory: pytest.TempPathFactory,
+    smollm2: Path,
+    minilm: Path,
+    small_smollm2: Path,
+    tiny_llama: Path,
+    tiny_reranker: Path,
+) -> Iterator[Daemon]:
+    """Return the one daemon of all tests that only ask: real and tiny models, 2,048 tokens of context.
+
+    Its names: smollm2-135m-instruct, all-minilm-l6-v2, small-smollm2, tiny-llama, tiny-reranker.  A test may add configs
+    and models under names of its own; it takes them away again.
+    """
+    for start in _serve(tmp_path_factory):
+        yield start(
+            [smollm2, minilm, small_smollm2, tiny_llama, tiny_reranker],
+            settings={"load": {"ctx_size": 2048, "parallel": 4}},
+        )
+
+
+def _serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartDaemon]:
+    """Give what starts daemons, then stop them all."""
     started: list[LocalaidProcess] = []
 
     def start(

@@ -189,6 +189,60 @@ def write_tiny_llama(
     return _write(writer, path, tensors)
 
 
+def write_small_smollm2(
+    path: Path,
+    *,
+    chat_template: str | None = None,
+    seed: int = 0,
+    context_length: int = 65536,
+) -> Path:
+    """Write a model with SmolLM2's vocabulary (and template, if no other is given) and tiny random weights.
+
+    It reads 20,000 tokens in seconds, so that what clients and templates do is tried at the length that they have.
+    """
+    embedding_length, heads, kv_heads, feed_forward = 64, 2, 1, 64
+    head = embedding_length // heads
+    writer = gguf.GGUFWriter(path, "llama")
+    _add_header(
+        writer,
+        name="Small SmolLM2",
+        chat_template=None,
+        context_length=context_length,
+        embedding_length=embedding_length,
+        block_count=1,
+        metadata={},
+    )
+    writer.add_feed_forward_length(feed_forward)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_dimension_count(head)
+    source = gguf.GGUFReader(find_smollm2())
+    for key, field in source.fields.items():
+        if key == "tokenizer.chat_template" and chat_template is not None:
+            writer.add_chat_template(chat_template)
+        elif key.startswith("tokenizer."):
+            kind, sub = field.types[0], field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), kind, sub)
+    vocabulary = len(source.fields["tokenizer.ggml.tokens"].data)
+    weights = np.random.default_rng(seed)
+    return _write(
+        writer,
+        path,
+        {
+            **_outer_tensors(weights, vocabulary, embedding_length),
+            "blk.0.attn_norm.weight": np.ones(embedding_length, np.float32),
+            "blk.0.attn_q.weight": _matrix(weights, embedding_length, embedding_length),
+            "blk.0.attn_k.weight": _matrix(weights, kv_heads * head, embedding_length),
+            "blk.0.attn_v.weight": _matrix(weights, kv_heads * head, embedding_length),
+            "blk.0.attn_output.weight": _matrix(weights, embedding_length, embedding_length),
+            "blk.0.ffn_norm.weight": np.ones(embedding_length, np.float32),
+            "blk.0.ffn_gate.weight": _matrix(weights, feed_forward, embedding_length),
+            "blk.0.ffn_up.weight": _matrix(weights, feed_forward, embedding_length),
+            "blk.0.ffn_down.weight": _matrix(weights, embedding_length, feed_forward),
+        },
+    )
+
+
 def write_tiny_lora(path: Path, *, seed: int = 5, embedding_length: int = 64, rank: int = 4) -> Path:
     """Write a LoRA adapter with random weights for the models of `write_tiny_llama`."""
     writer = gguf.GGUFWriter(path, "llama")
