@@ -5587,7 +5587,7 @@ def _find_choices(node: msgspec.inspect.Type, keys: Sequence[str]) -> Iterator[s
             yield from _find_choices(item, keys[1:])
 
 
-def _explain(text: str, body: type) -> BadRequest:
+def _explain(text: str, body: object) -> BadRequest:
     """Return msgspec's sentence on a wrong value in a `body` as an error in the words of JSON."""
     place = _PLACE.search(text)
     param = place[1].replace("[...]", "") if place else ""

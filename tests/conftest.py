@@ -140,24 +140,16 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartDaemon]:
 
 
 @pytest.fixture(scope="session")
-def shared(
-    tmp_path_factory: pytest.TempPathFactory,
-    smollm2: Path,
-    minilm: Path,
-    small_smollm2: Path,
-    tiny_llama: Path,
-    tiny_reranker: Path,
-) -> Iterator[Daemon]:
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     """Return the one daemon of all tests that only ask: real and tiny models, 2,048 tokens of context.
 
-    Its names: smollm2-135m-instruct, all-minilm-l6-v2, small-smollm2, tiny-llama, tiny-reranker.  A test may add configs
-    and models under names of its own; it takes them away again.
+    Its names: smollm2-135m-instruct, all-minilm-l6-v2, small-smollm2, tiny-llama, tiny-reranker.  A test may add
+    configs and models under names of its own; it takes them away again.
     """
+    names = ("smollm2", "minilm", "small_smollm2", "tiny_llama", "tiny_reranker")
+    models = [request.getfixturevalue(name) for name in names]
     for start in _serve(tmp_path_factory):
-        yield start(
-            [smollm2, minilm, small_smollm2, tiny_llama, tiny_reranker],
-            settings={"load": {"ctx_size": 2048, "parallel": 4}},
-        )
+        yield start(models, settings={"load": {"ctx_size": 2048, "parallel": 4}})
 
 
 def _serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartDaemon]:
