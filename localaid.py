@@ -203,6 +203,7 @@ if TYPE_CHECKING:
 #   KeyRefused                    401 invalid_api_key         section 16c
 #   KeyConfined                   403 key_confined            section 16c
 #   OriginRefused                 403 origin_refused          section 16c: a web page
+#   HostRefused                   403 host_refused            section 16c: a name that is not this machine's
 #   EncodingUnsupported           415 unsupported_encoding    section 16
 #   BodyTooSlow                   408 request_timeout         section 16
 #   OpenWithoutKeys               500                         section 17: anybody could use it from outside
@@ -840,6 +841,24 @@ class OriginRefused(LocalaidError):
         return (
             f"Web pages of {self.origin[:200]!r} may not do this; list them under `cors_origins` in the settings if "
             "they should."
+        )
+
+
+@dataclass(eq=False)
+class HostRefused(LocalaidError):
+    """Without API keys: the name that was asked for leads here and is none of ours, as in DNS rebinding."""
+
+    status: ClassVar[int] = 403
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "host_refused"
+
+    host: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"Without API keys nothing is answered under the name {self.host[:200]!r}; list it under `hosts` in the "
+            "settings if it is this machine's, or give `api_keys`."
         )
 
 
@@ -1514,7 +1533,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()  # folders; empty: from the command line, systemd or XDG
     configs: str | None = None
     state: str | None = None
-    listen: str = "127.0.0.1:8080"  # or [::1]:8080, unix:/run/localaid.sock
+    listen: tuple[str, ...] = ("127.0.0.1:8080",)  # also [::1]:8080, unix:/run/localaid.sock
     queue_size: int = 64  # requests that wait for one worker
     keep_alive_s: float = 600.0  # -1: for ever
     memory: MemoryBudget = MemoryBudget(share=0.8)
@@ -1532,6 +1551,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     metrics: Literal["key", "open", "off"] = "key"  # who may read /metrics; "key": anybody where there are no keys
     control: Literal["key", "open", "off"] = "key"  # ... and /localaid/*
     control_socket: str | None = None  # where the group asks without a key; empty: nowhere; None: systemd's or XDG's
+    hosts: tuple[str, ...] = ()  # further names of this machine, under which it answers without keys; "*": any
     cors_origins: tuple[str, ...] = ()  # of web pages that may ask from browsers; "*": all
     body_limit_bytes: int = 64 * 1024**2  # of a request, unpacked
     body_timeout_s: float = 120.0  # until a request's body is complete
@@ -2013,11 +2033,20 @@ def parse_key_entry(text: str) -> ApiKey:
 
 
 def parse_origin(text: str) -> str:
-    """Return the origin of a web page, as browsers send it, or "*".  Raises ValueError."""
+    """Return the origin of a web page, as browsers send it, "localhost" or "*".  Raises ValueError."""
     origin = text.strip().rstrip("/").lower()
-    if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
-        raise ValueError(f"expected an origin such as https://example.org or http://localhost:3000, got {text[:60]}")
+    if origin not in ("*", "null", "localhost") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+        expected = "an origin such as https://example.org or http://localhost:3000, or localhost for any port of it"
+        raise ValueError(f"expected {expected}, got {text[:60]}")
     return origin
+
+
+def parse_host(text: str) -> str:
+    """Return the name or address of a machine, without port, or "*".  Raises ValueError."""
+    host = text.strip().strip("[]").rstrip(".").lower()
+    if host != "*" and not re.fullmatch(r"[\w-]+(\.[\w-]+)*|[0-9a-f:.]+", host):
+        raise ValueError(f"expected a name such as llm.example.org, without scheme and port, got {text[:60]}")
+    return host
 
 
 _TEMPORARY_NAME: Final = re.compile(
@@ -2309,7 +2338,7 @@ _KINDS: Final[dict[str, _Kind]] = {
     "urls": _Kind(parse_url, is_list=True, may_be_empty=True),
     **_kinds_of(Settings),  # from here on: settings
     "models": _Kind(str, is_list=True, may_be_empty=True),
-    "listen": _Kind(parse_listen),
+    "listen": _Kind(parse_listen, is_list=True),
     "control_socket": _Kind(parse_control_socket),
     "memory": _Kind(parse_memory),
     "prompt_cache_bytes": _Kind(parse_size),
@@ -2318,6 +2347,7 @@ _KINDS: Final[dict[str, _Kind]] = {
     "rescan_s": _Kind(parse_rescan),
     **dict.fromkeys(("allow_without_keys", "allow_http"), _Kind(parse_flag, is_plain=True)),
     "log_prompts": _Kind(parse_flag, is_plain=True),
+    "hosts": _Kind(parse_host, is_list=True, may_be_empty=True),
     "cors_origins": _Kind(parse_origin, is_list=True, may_be_empty=True),
     "body_limit_bytes": _Kind(parse_body_limit),
     "body_timeout_s": _Kind(parse_timeout),
@@ -2388,7 +2418,7 @@ _SETTINGS_KEYS: Final[_Table] = {
     "hash_wait": "hash_wait_s",
     "rescan": "rescan_s",
     "load": _LOAD_KEYS,
-    **_same("api_keys", "api_keys_file", "allow_without_keys", "metrics", "control", "cors_origins"),
+    **_same("api_keys", "api_keys_file", "allow_without_keys", "metrics", "control", "hosts", "cors_origins"),
     "control_socket": "control_socket",
     "body_limit": "body_limit_bytes",
     "body_timeout": "body_timeout_s",
@@ -18415,15 +18445,54 @@ class Unpacker:
         return bytes(self._body)
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether a name or address means the machine that asks, whatever its resolver says (RFC 6761, 6.3)."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
 async def is_public(host: str) -> bool:
     """Return whether others than this machine can reach an address.  Raises `OSError` where it cannot be resolved."""
     found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    addresses = [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
-    mapped = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
-    return not all(address.is_loopback for address in mapped)
+    return not all(is_loopback(str(address[0])) for *_, address in found)
 
 
-# -- origins of web pages --
+# -- web pages: their origins, and the names under which they find this machine --
+
+
+def host_of(authority: str) -> str:
+    """Return the host in HOST:PORT or in an origin, in lower case; empty: there is none."""
+    try:
+        parts = urllib.parse.urlsplit(authority if "//" in authority else f"//{authority}")
+        return (parts.hostname or "").rstrip(".")
+    except ValueError:  # half an IPv6 address
+        return ""
+
+
+def is_listed(origins: Sequence[str], origin: str) -> bool:
+    """Return whether the settings name the origin of a web page; "localhost" means every port of this machine."""
+    return "*" in origins or origin.lower() in origins or ("localhost" in origins and is_loopback(host_of(origin)))
+
+
+def is_foreign(origins: Sequence[str], headers: Mapping[str, str]) -> bool:
+    """Return whether a web page asks that is neither listed nor served under the very address that it asks."""
+    origin = headers.get("Origin")
+    if origin is None or is_listed(origins, origin):
+        return False
+    return origin.partition("://")[2].lower() != headers.get("Host", "").lower()
+
+
+def is_own_name(hosts: Sequence[str], host: str, address: str) -> bool:
+    """Return whether `host` means this machine: the address that was reached, loopback, or one of the settings' names.
+
+    A page whose own name leads here (DNS rebinding) is of the same origin to a browser; only the name gives it away.
+    """
+    return "*" in hosts or is_loopback(host) or host in (address.partition("%")[0], *hosts)
 
 
 def cors_headers(origins: Sequence[str], asked: Mapping[str, str]) -> dict[str, str]:
@@ -18434,7 +18503,7 @@ def cors_headers(origins: Sequence[str], asked: Mapping[str, str]) -> dict[str, 
     if "*" in origins:
         return {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": TOLD_HEADERS}
     told = {"Vary": "Origin"}
-    if origin.lower() in origins:
+    if is_listed(origins, origin):
         told |= {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": TOLD_HEADERS}
     return told
 
@@ -19613,15 +19682,18 @@ class Route(NamedTuple):
 def admit(state: State, route: Route, http: web.Request) -> ApiKey | None:
     """Return whose key a request shows; None where none is needed.
 
-    Raises `KeyRefused`, `KeyConfined`, and `OriginRefused`: browsers send a web page's POST to this machine too, so
-    what changes something is done for no page that is not listed.
+    Raises `KeyRefused`, `KeyConfined`, `HostRefused`, and `OriginRefused`: browsers send a web page's POST to this
+    machine too, and without asking first where it looks like a form's.  A key is proof enough, save for control.
     """
-    settings, access = state.settings, route.access
-    is_listed = "Access-Control-Allow-Origin" in cors_headers(settings.cors_origins, http.headers)
-    if access == "control" and route.method != "GET" and "Origin" in http.headers and not is_listed:
+    settings, access, has_keys = state.settings, route.access, bool(state.keyring.keys)
+    address = http.transport.get_extra_info("sockname") if http.transport is not None else None
+    if not has_keys and access != "open" and isinstance(address, tuple) and "Host" in http.headers:
+        host = host_of(http.headers["Host"])
+        if not is_own_name(settings.hosts, host, str(address[0])):
+            raise HostRefused(host=http.headers["Host"])
+    if route.method != "GET" and (access == "control" or not has_keys) and is_foreign(settings.cors_origins, http.headers):
         raise OriginRefused(origin=http.headers["Origin"])
     level = {"metrics": settings.metrics, "control": settings.control, "list": settings.control}.get(access, access)
-    address = http.transport.get_extra_info("sockname") if http.transport is not None else None
     if access != "key" and isinstance(address, str) and address in state.control_addresses:
         return None  # whom the socket's mode lets in
     if level == "off":
@@ -20348,7 +20420,7 @@ class Daemon:
         self,
         folders: Folders,
         settings: Settings,
-        listen: str,
+        listen: Sequence[str],
         passed: Passed | None = None,
         log_format: LogFormat | None = None,
     ) -> None:
@@ -20671,7 +20743,7 @@ class Daemon:
         except ConfigErrors as error:
             problems = error.problems
         if self._is_public and not keyring.keys and not self.settings.allow_without_keys:
-            problems = (ConfigProblem("api_keys", "", str(OpenWithoutKeys(where=self._listen_to))),)
+            problems = (ConfigProblem("api_keys", "", str(OpenWithoutKeys(where=", ".join(self._listen_to)))),)
         if problems:
             if problems != self._key_problems:
                 DAEMON_LOG.error("%s; the API keys in force stay", "; ".join(map(str, problems)))
@@ -20811,14 +20883,16 @@ class Daemon:
             for passed in self._passed.http:
                 await self._start_site(web.SockSite(runner, passed), passed.getsockname())
             where = ", ".join(map(_render_address, runner.addresses))
-            DAEMON_LOG.info("systemd passed %s; the setting `listen` (%s) is not used", where, self._listen_to)
-        elif self._listen_to.startswith("unix:"):
-            path = Path(self._listen_to.removeprefix("unix:"))
-            await self._start_site(web.SockSite(runner, self._open_unix(path, CONTROL_MODE)), str(path))
-        else:
-            host, _, port = self._listen_to.rpartition(":")
-            site = web.TCPSite(runner, host.strip("[]"), int(port))
-            await self._start_site(site, (host.strip("[]"), int(port)))
+            unused = ", ".join(self._listen_to)
+            DAEMON_LOG.info("systemd passed %s; the setting `listen` (%s) is not used", where, unused)
+        for address in () if self._passed.http else self._listen_to:
+            host, _, port = address.rpartition(":")
+            if address.startswith("unix:"):
+                path = Path(address.removeprefix("unix:"))
+                await self._start_site(web.SockSite(runner, self._open_unix(path, CONTROL_MODE)), str(path))
+            else:
+                site = web.TCPSite(runner, host.strip("[]"), int(port))
+                await self._start_site(site, (host.strip("[]"), int(port)))
         self._listening = tuple(map(_render_address, runner.addresses))
         control = [*self._passed.control] or self._open_control()
         self.control_addresses = frozenset(one.getsockname() for one in control)
@@ -20934,7 +21008,7 @@ SETTINGS_STEPS: Final[Mapping[str, Callable[[Daemon, Settings], None]]] = {  # w
     **dict.fromkeys(
         (
             *("hash_wait_s", "body_limit_bytes", "body_timeout_s", "drain_s", "pull", "pull_wait_s"),
-            *("api_keys", "api_keys_file", "allow_without_keys", "metrics", "control", "cors_origins"),
+            *("api_keys", "api_keys_file", "allow_without_keys", "metrics", "control", "hosts", "cors_origins"),
         ),
         lambda _daemon, _new: None,  # read at each request, or by `reload_keys`
     ),
@@ -21764,8 +21838,9 @@ def examine(
     answer: DaemonAnswer | LocalaidError,
     unit: Mapping[str, str],
     environ: Mapping[str, str],
+    listen: Sequence[str] = (),
 ) -> list[Finding]:
-    """Return all findings, of folders as the unit's user has them."""
+    """Return all findings, of folders as the unit's user has them; `listen` goes before the settings'."""
     given = Settings() if isinstance(settings, ConfigErrors) else settings
     limits = Path("/proc/sys/fs/inotify")
     with acting_as(unit.get("User", "")):
@@ -21793,7 +21868,8 @@ def examine(
     found += check_build(load_build(), Path("/proc/cpuinfo").read_text(), Path("/dev"))
     found.append(check_clock(time.time(), Path(__file__).stat().st_mtime))
     stores = (Path(store, CREDENTIAL) for store in ("/etc/credstore", "/run/credstore"))
-    return [*found, *check_unit(unit, stores), *check_daemon(answer, given.listen, find_holder(given.listen))]
+    held = ((address, find_holder(address)) for address in listen or given.listen)
+    return [*found, *check_unit(unit, stores), *check_daemon(answer, *next(filter(operator.itemgetter(1), held), ("", "")))]
 
 
 def plan_finding_view(findings: Iterable[Finding]) -> View:
@@ -21837,7 +21913,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
         faulthandler.enable()  # systemd's watchdog sends SIGABRT: the log then shows where it hangs
 
         async def serve() -> None:
-            listen = arguments.listen or settings.listen
+            listen = tuple(arguments.listen) or settings.listen
             await Daemon(folders, settings, listen, passed, log_format=arguments.log_format).run()
 
         asyncio.run(serve())
@@ -22180,13 +22256,13 @@ async def _pull_here(arguments: argparse.Namespace, path: str | None, show: Call
         await index.stop()
 
 
-def find_daemons(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tuple[list[str], str]:
-    """Return the control sockets where a daemon may answer without a key, and its address for clients.
+def find_daemons(arguments: argparse.Namespace, environ: Mapping[str, str]) -> tuple[list[str], tuple[str, ...]]:
+    """Return the control sockets where a daemon may answer without a key, and its addresses for clients.
 
     With --listen it is that and nothing else; with --settings the service's own socket is not tried.
     """
     if arguments.listen:
-        return [], arguments.listen
+        return [], tuple(arguments.listen)
     settings = load_settings(choose_settings_file(arguments, environ), must_exist=bool(arguments.settings))
     own = choose_control_socket(settings, environ)
     sockets = [own] * (own is not None) + [SERVICE_SOCKET] * (not arguments.settings)
@@ -22207,9 +22283,9 @@ async def ask_daemon(
     """
     tried, join = [], ""
     sockets, listen = find_daemons(arguments, os.environ)
-    for address in (*sockets, listen):
+    for address in (*sockets, *listen):
         try:
-            key = arguments.api_key if address == listen else None
+            key = arguments.api_key if address in listen else None
             return await _ask(address, path, method, body, key, take=take)
         except KeyNotTaken as error:
             error.join = join
@@ -22304,7 +22380,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         answer = msgspec.json.decode(raw, type=DaemonAnswer)
     except LocalaidError as error:
         answer = error
-    findings = examine(folders, settings, answer, unit, environ)
+    findings = examine(folders, settings, answer, unit, environ, arguments.listen)
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(findings)).decode())  # noqa: T201
     else:
@@ -22365,8 +22441,9 @@ def run_demo(arguments: argparse.Namespace) -> int:
     config = folder / "configs" / "demo.yaml"
     if not config.exists():
         config.write_text(DEMO_CONFIG)
-    command = [sys.executable, str(Path(__file__).resolve()), "serve", "--listen", arguments.listen or "127.0.0.1:0"]
-    command += ["--log-format", "plain"]
+    command = [sys.executable, str(Path(__file__).resolve()), "serve", "--log-format", "plain"]
+    for address in arguments.listen or ["127.0.0.1:0"]:
+        command += ["--listen", address]
     for name in ("models", "configs", "state"):
         command += [f"--{name}", str(folder / name)]
     daemon = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)  # noqa: S603 - our own program
@@ -22458,6 +22535,10 @@ def make_parser() -> argparse.ArgumentParser:
         about = "API key for a daemon that wants one; better as $LOCALAID_API_KEY: others can see command lines"
         one.add_argument("--api-key", metavar="KEY", default=os.environ.get("LOCALAID_API_KEY"), help=about)
 
+    def listens(one: argparse.ArgumentParser) -> None:
+        about = "HOST:PORT or unix:PATH; repeatable"
+        one.add_argument("--listen", action="append", metavar="ADDRESS", type=_listen_argument, default=[], help=about)
+
     def asks(one: argparse.ArgumentParser) -> None:
         folders(one)
         api_key(one)
@@ -22467,7 +22548,7 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("--configs", metavar="DIR", help="folder of your YAML configs")
         one.add_argument("--state", metavar="DIR", help="folder for the digest cache")
         one.add_argument("--settings", metavar="FILE", help="settings file, localaid.yaml")
-        one.add_argument("--listen", metavar="ADDRESS", type=_listen_argument, help="HOST:PORT or unix:PATH")
+        listens(one)
 
     serve = command("serve", run_serve, "serve the models of some folders to OpenAI clients")
     folders(serve)
@@ -22495,16 +22576,13 @@ def make_parser() -> argparse.ArgumentParser:
     doctor = command("doctor", run_doctor, "look at folders, permissions, limits and memory, and say what to do")
     asks(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    _add_demo_arguments(command("demo", run_demo, "start a daemon with a small model and ask it a question"))
+    demo = command("demo", run_demo, "start a daemon with a small model and ask it a question")
+    listens(demo)
+    demo.add_argument("--folder", metavar="DIR", help="where the demo's folders lie")
+    demo.add_argument("--once", action="store_true", help="end after the answer")
     worker = command("worker", run_worker_command, "serve one model to the daemon (started by it)")
     worker.add_argument("--fd", type=int, required=True, help="the socket to the daemon")
     return parser
-
-
-def _add_demo_arguments(demo: argparse.ArgumentParser) -> None:
-    demo.add_argument("--listen", metavar="ADDRESS", type=_listen_argument, help="HOST:PORT or unix:PATH")
-    demo.add_argument("--folder", metavar="DIR", help="where the demo's folders lie")
-    demo.add_argument("--once", action="store_true", help="end after the answer")
 
 
 def _add_explain_arguments(explaining: argparse.ArgumentParser) -> None:

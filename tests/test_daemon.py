@@ -120,7 +120,7 @@ def post(served: Daemon, name: str, prompt: str = "x", max_tokens: int = 2) -> t
 
 def arguments(**given: object) -> argparse.Namespace:
     """Return a parsed command line."""
-    empty: dict[str, object] = {"models": [], "configs": None, "state": None, "settings": None, "listen": None}
+    empty: dict[str, object] = {"models": [], "configs": None, "state": None, "settings": None, "listen": []}
     return argparse.Namespace(**{**empty, **given})
 
 

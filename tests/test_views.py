@@ -281,7 +281,7 @@ def test_neither_the_daemon_nor_the_program_imports_rich() -> None:
 
 def arguments(**given_: object) -> argparse.Namespace:
     """Return the arguments of a command that asks the daemon."""
-    return argparse.Namespace(**{"listen": None, "settings": None, "api_key": None, **given_})
+    return argparse.Namespace(**{"listen": [], "settings": None, "api_key": None, **given_})
 
 
 def test_where_the_control_socket_is() -> None:
