@@ -204,6 +204,7 @@ if TYPE_CHECKING:
 #   KeyConfined                   403 key_confined            section 16c
 #   OriginRefused                 403 origin_refused          section 16c: a web page
 #   HostRefused                   403 host_refused            section 16c: a name that is not this machine's
+#   NotHttp                       400 bad_http                section 16
 #   EncodingUnsupported           415 unsupported_encoding    section 16
 #   BodyTooSlow                   408 request_timeout         section 16
 #   OpenWithoutKeys               500                         section 17: anybody could use it from outside
@@ -737,6 +738,29 @@ class MethodNotAllowed(RouteNotFound):
 
     status: ClassVar[int] = 405
     code: ClassVar[str | None] = "method_not_allowed"
+
+    allowed: Sequence[str]
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"{self.path} takes {' and '.join(self.allowed)}, not {self.method}."
+
+
+@dataclass(eq=False)
+class NotHttp(LocalaidError):
+    """What came is no HTTP request, or its head is too large."""
+
+    status: ClassVar[int] = 400
+    type: ClassVar[str] = "invalid_request_error"
+    code: ClassVar[str | None] = "bad_http"
+
+    problem: str
+    limit_bytes: int
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        limit = f"a line of its head may have {self.limit_bytes} bytes"
+        return f"What came cannot be read as HTTP ({self.problem}); send an HTTP request, {limit}."
 
 
 @dataclass(eq=False)
@@ -1551,6 +1575,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     metrics: Literal["key", "open", "off"] = "key"  # who may read /metrics; "key": anybody where there are no keys
     control: Literal["key", "open", "off"] = "key"  # ... and /localaid/*
     control_socket: str | None = None  # where the group asks without a key; empty: nowhere; None: systemd's or XDG's
+    list_names: Literal["all", "few"] = "all"  # that /v1/models shows; "few": the user's, else one a file
     hosts: tuple[str, ...] = ()  # further names of this machine, under which it answers without keys; "*": any
     cors_origins: tuple[str, ...] = ()  # of web pages that may ask from browsers; "*": all
     body_limit_bytes: int = 64 * 1024**2  # of a request, unpacked
@@ -2288,6 +2313,7 @@ _CHOICES: Final[dict[str, tuple[str, ...]]] = {
     "cache_type_v": ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"),
     "pooling": ("none", "mean", "cls", "last", "rank"),
     "log_level": ("debug", "info", "warning", "error"),
+    "list_names": ("all", "few"),
     "log_format": get_args(LogFormat),
     "metrics": ("key", "open", "off"),
     "control": ("key", "open", "off"),
@@ -2418,7 +2444,8 @@ _SETTINGS_KEYS: Final[_Table] = {
     "hash_wait": "hash_wait_s",
     "rescan": "rescan_s",
     "load": _LOAD_KEYS,
-    **_same("api_keys", "api_keys_file", "allow_without_keys", "metrics", "control", "hosts", "cors_origins"),
+    **_same("api_keys", "api_keys_file", "allow_without_keys", "metrics", "control", "list_names", "hosts"),
+    **_same("cors_origins"),
     "control_socket": "control_socket",
     "body_limit": "body_limit_bytes",
     "body_timeout": "body_timeout_s",
@@ -3752,6 +3779,37 @@ def plan_listing(table: Table, inventory: Inventory) -> tuple[Listing, ...]:
             _, rule, file = found[0]
             listings.append(Listing(name=name, file=file, rule=rule, paths=tuple(path for path, _, _ in found)))
     return tuple(sorted(listings, key=lambda listing: listing.name))
+
+
+def choose_name(listings: Iterable[Listing], path: str | None, loaded: AbstractSet[str]) -> str | None:
+    """Return what a request without a name means; `path` None: any.  None: several may be meant.
+
+    The user's only rule for the path, else the only model, else the only one in memory (`loaded`, sha256).
+    """
+    served = [one for one in listings if path is None or path in one.paths]
+    own = [one for one in served if one.rule.layer == "user"]
+    if len({(one.rule.file, one.rule.name) for one in own}) == 1:
+        return min(own, key=_main_name_first).name
+    for some in (served, [one for one in served if one.file.sha256 in loaded]):
+        if len({content_of(one.file) for one in some}) == 1:
+            return min(some, key=_main_name_first).name
+    return None
+
+
+def shorten_listing(listings: Sequence[Listing]) -> tuple[Listing, ...]:
+    """Return the names that the user wrote, and of every other content the one that says most."""
+    own = [one for one in listings if one.rule.layer == "user"]
+    others: dict[str, Listing] = {content_of(one.file): one for one in own}
+    for one in sorted(listings, key=_main_name_first):
+        others.setdefault(content_of(one.file), one)
+    return tuple(sorted({one.name: one for one in (*own, *others.values())}.values(), key=lambda one: one.name))
+
+
+def _main_name_first(listing: Listing) -> tuple[bool, int, int]:
+    """Sort a content's names: those of rules that mean it before those for any file, the best layer's first."""
+    rule = listing.rule
+    place = rule.names.index(listing.name) if listing.name in rule.names else len(rule.names)
+    return rule.layer != "user" and "*" in rule.shas, LAYER_RANK[rule.layer], place
 
 
 # -- what is known of each file, and what is missing --
@@ -5853,6 +5911,7 @@ class ModelCard(msgspec.Struct, kw_only=True):
     object: Literal["model"] = "model"
     created: int  # the file's mtime, seconds since the epoch
     owned_by: str = "localaid"
+    aliases: tuple[str, ...] = ()  # further names of the same file
     localaid: ModelExtension
 
 
@@ -6256,7 +6315,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     add_special: bool = False  # begin with the token that begins a sequence
     parse_special: bool = True  # read the texts of special tokens as these
     with_pieces: bool = False
-    model: str | None = None  # None: the only one
+    model: str
 
 
 class TokenPiece(msgspec.Struct, kw_only=True):
@@ -6276,7 +6335,7 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     """Body of POST /detokenize."""
 
     tokens: list[TokenId]
-    model: str | None = None
+    model: str
 
 
 class DetokenizedText(msgspec.Struct, kw_only=True):
@@ -6291,18 +6350,10 @@ class RenderedTemplate(msgspec.Struct, kw_only=True):
     prompt: str
 
 
-class NamedRequest(msgspec.Struct, kw_only=True):
-    """What every body may say of its model."""
-
-    model: str | None = None
-
-
 _EMBEDDING_DECODER: Final = msgspec.json.Decoder(EmbeddingRequest)
 _RERANK_DECODER: Final = msgspec.json.Decoder(RerankRequest)
 _TOKENIZE_DECODER: Final = msgspec.json.Decoder(TokenizeRequest)
 _DETOKENIZE_DECODER: Final = msgspec.json.Decoder(DetokenizeRequest)
-_NAMED_DECODER: Final = msgspec.json.Decoder(NamedRequest)
-_FIELDS_DECODER: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def parse_embedding_request(body: bytes) -> EmbeddingRequest:
@@ -6343,18 +6394,6 @@ def parse_tokenize_request(body: bytes) -> TokenizeRequest:
 def parse_detokenize_request(body: bytes) -> DetokenizeRequest:
     """Return the body of POST /detokenize.  Raises `BadRequest`."""
     return decode_body(_DETOKENIZE_DECODER, body)
-
-
-def model_of(body: bytes) -> str | None:
-    """Return the model that a body names.  Raises `BadRequest`."""
-    return decode_body(_NAMED_DECODER, body).model
-
-
-def parse_template_request(body: bytes, model: str) -> ChatRequest:
-    """Return the body of POST /apply-template: a chat's, of which `model` may be left out.  Raises `BadRequest`."""
-    fields = decode_body(_FIELDS_DECODER, body)
-    fields["model"] = msgspec.Raw(msgspec.json.encode(model))
-    return parse_chat_request(msgspec.json.encode(fields))
 
 
 def render_embedding(index: int, vector: bytes, encoding: Literal["float", "base64"]) -> bytes:
@@ -18390,15 +18429,23 @@ def named_by(key: ApiKey | None, name: str) -> str:
     return key.model if key is not None and key.model is not None else name
 
 
-def with_model(body: bytes, model: str) -> bytes:
-    """Return the JSON of a request with `model` where it names none; what is no object is left to its own parser."""
+class _Named(msgspec.Struct):
+    model: msgspec.Raw = msgspec.Raw(b"null")
+
+
+def names_model(body: bytes) -> bool:
+    """Return whether the JSON of a request names a model; what is no object is left to its own parser."""
     try:
-        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        return bytes(msgspec.json.decode(body, type=_Named).model) not in (b"null", b'""')
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return True
+
+
+def with_model(body: bytes, model: str) -> bytes:
+    """Return the JSON of a request with `model` where it names none."""
+    if names_model(body):
         return body
-    if bytes(fields.get("model", b"null")) != b"null":
-        return body
-    return msgspec.json.encode({**fields, "model": model})
+    return msgspec.json.encode({**msgspec.json.decode(body, type=dict[str, msgspec.Raw]), "model": model})
 
 
 class Unpacker:
@@ -18592,7 +18639,7 @@ PULL_COMMENT_S: Final = 1.0  # the same while weights are being downloaded: the 
 CLIENT_GONE: Final = 499  # in metrics and log: nobody was left to get an answer
 SSE_HEADERS: Final = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _HTTP_LOG: Final = logging.getLogger("localaid.http")
-NO_HTTP_LOG: Final = logging.getLogger("localaid.http.server")  # aiohttp's own
+HEAD_LINE_BYTES: Final = 64 * 1024  # of a request: browsers send the cookies of all that ran on this machine
 
 
 class DaemonStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -18676,18 +18723,27 @@ async def track_request(
         _close_visit(request.app[METRICS], visit, time.monotonic())
 
 
-def _tell_of_no_http(record: logging.LogRecord) -> bool:
-    """Make one line of what was no HTTP; aiohttp has its traceback, which may hold any part of what was sent."""
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, HttpProcessingError):
-        code, what = error.code, type(error).__name__
-        record.levelno, record.levelname, record.exc_info = logging.INFO, "INFO", None
-        record.msg, record.args = f"what a client at %s sent is no HTTP: {code} {what}", record.args
-        setattr(record, FIELDS, RequestLine(request_id="-", status=code, error=what))
-    return _HTTP_LOG.isEnabledFor(record.levelno)
+def answer_no_http(
+    connection: web.RequestHandler,
+    request: web.BaseRequest,
+    status: int = 500,
+    exc: BaseException | None = None,
+    message: str | None = None,
+) -> web.Response:
+    """Answer what is no HTTP as everything else is answered; stands in for aiohttp's `RequestHandler.handle_error`.
 
-
-NO_HTTP_LOG.addFilter(_tell_of_no_http)
+    Neither log nor answer has any part of what was sent.  Raises `ConnectionError` where an answer has begun.
+    """
+    del message  # it quotes what was sent
+    what = type(exc).__name__ if isinstance(exc, HttpProcessingError) else "an error of the server's"
+    line = RequestLine(request_id="-", status=status, error=what)
+    said = "what a client at %s sent is no HTTP: %s %s"
+    _HTTP_LOG.info(said, request.remote, status, what, extra={FIELDS: line})
+    if request.writer.output_size > 0:
+        raise ConnectionError("an answer has begun")
+    connection.force_close()
+    error = NotHttp(problem=what, limit_bytes=HEAD_LINE_BYTES)
+    return web.Response(status=status, body=render_error(error), content_type="application/json")
 
 
 def _close_visit(metrics: Metrics, visit: Visit, now: float) -> None:
@@ -18729,7 +18785,8 @@ async def answer_errors(
     except web.HTTPMethodNotAllowed as error:
         allow = {"Allow": ", ".join(sorted({*error.allowed_methods, "OPTIONS"}))}
         if request.method != "OPTIONS":
-            return error_response(request, MethodNotAllowed(request.method, request.path), allow)
+            methods = sorted(set(error.allowed_methods) - {"HEAD"})
+            return error_response(request, MethodNotAllowed(request.method, request.path, methods), allow)
         if "Origin" in request.headers and "Access-Control-Request-Method" in request.headers:
             allow |= preflight_headers(allow["Allow"], request.headers)
         return web.Response(status=HTTPStatus.NO_CONTENT, headers=allow)
@@ -18797,7 +18854,38 @@ def _client_of(request: web.Request) -> str:
 
 
 async def read_body(state: State, http: web.Request) -> bytes:
-    """Return a request's body, unpacked, with the model of its API key where it names none.
+    """Return a request's body, unpacked; where it names no model, with its API key's, or the obvious one.
+
+    Raises what `receive_body` and `find_name` raise.
+    """
+    body, key = await receive_body(state, http), http[VISIT].key
+    if names_model(body):
+        return body
+    return with_model(body, key.model if key is not None and key.model is not None else await find_name(state, http))
+
+
+async def find_name(state: State, http: web.Request) -> str:
+    """Return the name that a request means which names none; waits, bounded, while files are being hashed.
+
+    Raises `BadRequest` where several may be meant.
+    """
+    route = http[VISIT].route.replace("/v2/", "/v1/")
+    path = next((path for path in API_PATHS if route.startswith(path)), None)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(state.settings.hash_wait_s):
+            while (name := choose_name(seen := listings_for(state, http), path, state.supervisor.loaded)) is None:
+                hashing = any(file.sha256 is None and file.problem is None for file in state.inventory.files)
+                if state.is_ready and not hashing:
+                    break
+                await state.wait_for_change()
+            else:
+                return name
+    names = " or ".join(f"`{one.name}`" for one in seen[:3])
+    raise BadRequest(param="model", problem=f"is missing; name one, such as {names}" if names else "is missing")
+
+
+async def receive_body(state: State, http: web.Request) -> bytes:
+    """Return a request's body, unpacked.
 
     Raises `EncodingUnsupported`, `BodyTooSlow`, and `BodyTooLarge` before more than the limit is in memory.
     """
@@ -18811,10 +18899,10 @@ async def read_body(state: State, http: web.Request) -> bytes:
                 unpacker.push(piece)
     except TimeoutError:
         raise BodyTooSlow(limit_s=limit_s) from None
-    body, key = unpacker.finish(), http[VISIT].key
+    body = unpacker.finish()
     if state.settings.log_prompts:
         http[VISIT].line.prompt = body[:TEXT_LIMIT].decode("utf-8", "replace")
-    return with_model(body, key.model) if key is not None and key.model is not None else body
+    return body
 
 
 # -- where a request goes --
@@ -19255,8 +19343,7 @@ async def answer_completion(state: State, http: web.Request, request: Completion
 # == 16a. ENCODE: embeddings, rerank and token routes ==================================================================
 #
 # Tasks that have one whole answer: parse (5a) -> resolve (3) -> one task into the worker's queue (15) -> its reply.
-# The token routes are llama-server's; there one model is served, here `model` names it, and may be left out where there
-# is but one.
+# The token routes are llama-server's; there one model is served, here `model` names it, where it is not obvious.
 
 EMBEDDINGS_AT_ONCE: Final = 64  # vectors that are rendered before others' streams go on
 
@@ -19330,7 +19417,7 @@ async def handle_tokenize(state: State, http: web.Request) -> web.StreamResponse
     request = parse_tokenize_request(await read_body(state, http))
     parts: list[str | int] = request.content if isinstance(request.content, list) else [request.content]
     task = Tokenize(id=0, parts=parts, add_special=request.add_special, parse_special=request.parse_special)
-    found = await find_any(state, http, request.model or find_only_name(state, http))
+    found = await find_any(state, http, request.model)
     done = await run_task(state, http, found, task, Tokenized)
     tokens = render_tokens(done.reply.tokens, done.reply.pieces, with_pieces=request.with_pieces)
     return json_response(tokens, done.headers)
@@ -19339,15 +19426,14 @@ async def handle_tokenize(state: State, http: web.Request) -> web.StreamResponse
 async def handle_detokenize(state: State, http: web.Request) -> web.StreamResponse:
     """POST /detokenize."""
     request = parse_detokenize_request(await read_body(state, http))
-    found = await find_any(state, http, request.model or find_only_name(state, http))
+    found = await find_any(state, http, request.model)
     done = await run_task(state, http, found, Detokenize(id=0, tokens=request.tokens), Rendered)
     return json_response(DetokenizedText(content=done.reply.text), done.headers)
 
 
 async def handle_apply_template(state: State, http: web.Request) -> web.StreamResponse:
     """POST /apply-template: a chat as the text that its model would read."""
-    body = await read_body(state, http)
-    request = parse_template_request(body, model_of(body) or find_only_name(state, http))
+    request = parse_chat_request(await read_body(state, http))
     done = await render_prompt(state, http, CHAT, request.model, chat_prompt_of(request))
     return json_response(RenderedTemplate(prompt=done.reply.text), done.headers)
 
@@ -19364,16 +19450,6 @@ async def find_any(state: State, http: web.Request, name: str) -> tuple[Resoluti
     ready = (one.path for one in found if one.file is not None)
     hashing = (one.path for one in found if one.hashing)
     return await find_model(state, http, next(itertools.chain(ready, hashing), CHAT), name)
-
-
-def find_only_name(state: State, http: web.Request) -> str:
-    """Return the name of the only model in memory, else of the only one that there is.  Raises `BadRequest`."""
-    seen = listings_for(state, http)
-    for listings in ([one for one in seen if one.file.sha256 in state.supervisor.loaded], seen):
-        if len({one.file.sha256 for one in listings}) == 1:
-            return listings[0].name
-    names = " or ".join(f"`{one.name}`" for one in seen[:3])
-    raise BadRequest(param="model", problem=f"is missing; name one, such as {names}" if names else "is missing")
 
 
 # == 16b. DIALECTS: /v1/responses and /v1/messages =====================================================================
@@ -19675,8 +19751,8 @@ class Route(NamedTuple):
     @property
     def spellings(self) -> tuple[str, ...]:
         """Every path that it is served at."""
-        short = self.path.removeprefix("/v1")
-        return tuple(dict.fromkeys(spelling + end for end in ("", "/") for spelling in (self.path, short)))
+        paths = [path.rstrip("/") + end for end in ("", "/") for path in (self.path, self.path.removeprefix("/v1"))]
+        return tuple(path for path in dict.fromkeys(paths) if path)
 
 
 def admit(state: State, route: Route, http: web.Request) -> ApiKey | None:
@@ -19691,7 +19767,8 @@ def admit(state: State, route: Route, http: web.Request) -> ApiKey | None:
         host = host_of(http.headers["Host"])
         if not is_own_name(settings.hosts, host, str(address[0])):
             raise HostRefused(host=http.headers["Host"])
-    if route.method != "GET" and (access == "control" or not has_keys) and is_foreign(settings.cors_origins, http.headers):
+    is_guarded = access == "control" or not has_keys
+    if route.method != "GET" and is_guarded and is_foreign(settings.cors_origins, http.headers):
         raise OriginRefused(origin=http.headers["Origin"])
     level = {"metrics": settings.metrics, "control": settings.control, "list": settings.control}.get(access, access)
     if access != "key" and isinstance(address, str) and address in state.control_addresses:
@@ -19715,7 +19792,7 @@ async def serve_route(state: State, route: Route, http: web.Request) -> web.Stre
     visit.route = route.label
     visit.key = admit(state, route, http)
     if state.is_draining and route.access == "key":
-        await read_body(state, http)  # else closing the connection would reset it, and the answer might not arrive
+        await receive_body(state, http)  # else closing the connection would reset it, and the answer might not arrive
         raise ShuttingDown
     return await route.handle(state, http)
 
@@ -19723,9 +19800,12 @@ async def serve_route(state: State, route: Route, http: web.Request) -> web.Stre
 # -- models --
 
 
-def _model_card(state: State, listing: Listing, failed: AbstractSet[str | None]) -> ModelCard:
-    """Return one entry of /v1/models; `failed` holds the SHAs of models that cannot be loaded."""
+def _model_card(
+    state: State, listing: Listing, failed: AbstractSet[str | None], names: Mapping[str, Sequence[str]]
+) -> ModelCard:
+    """Return one entry of /v1/models; `failed`: SHAs of models that cannot be loaded; `names`: all of a content."""
     file, rule = listing.file, listing.rule
+    aliases = tuple(name for name in names[content_of(file)] if name != listing.name)
     model_state: Literal["hashing", "ready", "loaded", "failed"] = "ready"
     if file.sha256 is None:
         model_state = "hashing"
@@ -19745,7 +19825,7 @@ def _model_card(state: State, listing: Listing, failed: AbstractSet[str | None])
         problem=integrity.problem,
         description=rule.description,
     )
-    return ModelCard(id=listing.name, created=int(file.mtime), localaid=extension)
+    return ModelCard(id=listing.name, created=int(file.mtime), aliases=aliases, localaid=extension)
 
 
 def _failed(state: State) -> frozenset[str | None]:
@@ -19753,12 +19833,21 @@ def _failed(state: State) -> frozenset[str | None]:
 
 
 async def handle_models(state: State, http: web.Request) -> web.Response:
-    """GET /v1/models: every name that leads to a file."""
-    failed = _failed(state)
-    cards = [_model_card(state, listing, failed) for listing in listings_for(state, http)]
+    """GET /v1/models: every name that leads to a file, or as few as `list_names` says."""
+    seen = listings_for(state, http)
+    names, failed = _names_by_content(seen), _failed(state)
+    shown = shorten_listing(seen) if state.settings.list_names == "few" else seen
+    cards = [_model_card(state, listing, failed, names) for listing in shown]
     if speaks_anthropic(http.path, http.headers):
         return json_response(message_models_of(cards))
     return json_response(ModelList(data=cards))
+
+
+def _names_by_content(listings: Iterable[Listing]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = collections.defaultdict(list)
+    for listing in listings:
+        names[content_of(listing.file)].append(listing.name)
+    return names
 
 
 async def handle_model(state: State, http: web.Request) -> web.Response:
@@ -19774,7 +19863,7 @@ async def handle_model(state: State, http: web.Request) -> web.Response:
             raise model_not_found(found[0], (listing.name for listing in seen))
         paths = tuple(one.path for one in served)
         listing = Listing(name=name, file=served[0].file, rule=served[0].rule, paths=paths)
-    card = msgspec.structs.replace(_model_card(state, listing, _failed(state)), id=asked)
+    card = msgspec.structs.replace(_model_card(state, listing, _failed(state), _names_by_content(seen)), id=asked)
     return json_response(message_model_of(card) if speaks_anthropic(http.path, http.headers) else card)
 
 
@@ -19861,6 +19950,18 @@ async def handle_diff(state: State, _: web.Request) -> web.Response:
 async def handle_status(state: State, _: web.Request) -> web.Response:
     """GET /localaid/status: models, rules, workers, problems."""
     return json_response(state.status())
+
+
+async def handle_root(_state: State, _http: web.Request) -> web.Response:
+    """GET /: what answers here; Claude Code asks for its head first."""
+    return web.Response(text=f"localaid {__version__}: /v1/models lists the models, /openapi.json the routes\n")
+
+
+async def handle_health(state: State, http: web.Request) -> web.Response:
+    """GET /v1/health, as llama-server tells whether it serves."""
+    ready = await handle_readyz(state, http)
+    word = "ok" if ready.status == HTTPStatus.OK else (ready.text or "").strip()
+    return web.json_response({"status": word}, status=ready.status)
 
 
 async def handle_healthz(_state: State, _http: web.Request) -> web.Response:
@@ -20100,6 +20201,8 @@ ROUTES: Final = (
     ),
     Route("GET", "/metrics", handle_metrics, "Counters and gauges for Prometheus", access="metrics"),
     Route("GET", "/openapi.json", handle_openapi, "This document", access="open"),
+    Route("GET", "/", handle_root, "What answers here", access="open"),
+    Route("GET", "/v1/health", handle_health, "Whether models are served: llama-server's name", access="open"),
     Route("GET", "/healthz", handle_healthz, "The event loop turns", access="open"),
     Route("GET", "/readyz", handle_readyz, "The folders have been read", access="open"),
 )
@@ -20109,6 +20212,7 @@ def make_app(state: State) -> web.Application:
     """Return the web application for a daemon's state."""
     middlewares = [web.middleware(track_request), web.middleware(answer_errors)]
     app = web.Application(middlewares=middlewares, client_max_size=state.settings.body_limit_bytes)
+    setattr(web.RequestHandler, "handle_error", answer_no_http)  # noqa: B010 - aiohttp has no other place for it
     app[METRICS] = Metrics()
     app[METRICS].registry.register(StatusCollector(state))
     app.on_response_prepare.append(functools.partial(add_headers, state))
@@ -20840,7 +20944,8 @@ class Daemon:
             app,
             handler_cancellation=True,
             access_log=None,
-            logger=NO_HTTP_LOG,
+            max_line_size=HEAD_LINE_BYTES,
+            max_field_size=HEAD_LINE_BYTES,
             shutdown_timeout=2.0,
             auto_decompress=False,  # `read_body` does, within its limit and with its own errors
         )
@@ -21009,6 +21114,7 @@ SETTINGS_STEPS: Final[Mapping[str, Callable[[Daemon, Settings], None]]] = {  # w
         (
             *("hash_wait_s", "body_limit_bytes", "body_timeout_s", "drain_s", "pull", "pull_wait_s"),
             *("api_keys", "api_keys_file", "allow_without_keys", "metrics", "control", "hosts", "cors_origins"),
+            "list_names",
         ),
         lambda _daemon, _new: None,  # read at each request, or by `reload_keys`
     ),
@@ -21838,9 +21944,8 @@ def examine(
     answer: DaemonAnswer | LocalaidError,
     unit: Mapping[str, str],
     environ: Mapping[str, str],
-    listen: Sequence[str] = (),
 ) -> list[Finding]:
-    """Return all findings, of folders as the unit's user has them; `listen` goes before the settings'."""
+    """Return all findings, of folders as the unit's user has them."""
     given = Settings() if isinstance(settings, ConfigErrors) else settings
     limits = Path("/proc/sys/fs/inotify")
     with acting_as(unit.get("User", "")):
@@ -21868,8 +21973,9 @@ def examine(
     found += check_build(load_build(), Path("/proc/cpuinfo").read_text(), Path("/dev"))
     found.append(check_clock(time.time(), Path(__file__).stat().st_mtime))
     stores = (Path(store, CREDENTIAL) for store in ("/etc/credstore", "/run/credstore"))
-    held = ((address, find_holder(address)) for address in listen or given.listen)
-    return [*found, *check_unit(unit, stores), *check_daemon(answer, *next(filter(operator.itemgetter(1), held), ("", "")))]
+    held = ((address, find_holder(address)) for address in given.listen)
+    listen, holder = next((one for one in held if one[1]), ("", ""))
+    return [*found, *check_unit(unit, stores), *check_daemon(answer, listen, holder)]
 
 
 def plan_finding_view(findings: Iterable[Finding]) -> View:
@@ -22372,6 +22478,8 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     try:
         with acting_as(unit.get("User", "")):
             settings = load_settings(choose_settings_file(arguments, environ), must_exist=bool(arguments.settings))
+            listen = tuple(arguments.listen) or settings.listen
+            settings = msgspec.structs.replace(settings, listen=listen)
     except ConfigErrors as errors:
         settings = errors
     folders = choose_folders(arguments, Settings() if isinstance(settings, ConfigErrors) else settings, environ)
@@ -22380,7 +22488,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         answer = msgspec.json.decode(raw, type=DaemonAnswer)
     except LocalaidError as error:
         answer = error
-    findings = examine(folders, settings, answer, unit, environ, arguments.listen)
+    findings = examine(folders, settings, answer, unit, environ)
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(findings)).decode())  # noqa: T201
     else:
@@ -22535,10 +22643,6 @@ def make_parser() -> argparse.ArgumentParser:
         about = "API key for a daemon that wants one; better as $LOCALAID_API_KEY: others can see command lines"
         one.add_argument("--api-key", metavar="KEY", default=os.environ.get("LOCALAID_API_KEY"), help=about)
 
-    def listens(one: argparse.ArgumentParser) -> None:
-        about = "HOST:PORT or unix:PATH; repeatable"
-        one.add_argument("--listen", action="append", metavar="ADDRESS", type=_listen_argument, default=[], help=about)
-
     def asks(one: argparse.ArgumentParser) -> None:
         folders(one)
         api_key(one)
@@ -22548,7 +22652,7 @@ def make_parser() -> argparse.ArgumentParser:
         one.add_argument("--configs", metavar="DIR", help="folder of your YAML configs")
         one.add_argument("--state", metavar="DIR", help="folder for the digest cache")
         one.add_argument("--settings", metavar="FILE", help="settings file, localaid.yaml")
-        listens(one)
+        _add_listen_argument(one)
 
     serve = command("serve", run_serve, "serve the models of some folders to OpenAI clients")
     folders(serve)
@@ -22576,13 +22680,21 @@ def make_parser() -> argparse.ArgumentParser:
     doctor = command("doctor", run_doctor, "look at folders, permissions, limits and memory, and say what to do")
     asks(doctor)
     doctor.add_argument("--json", action="store_true", help="print JSON")
-    demo = command("demo", run_demo, "start a daemon with a small model and ask it a question")
-    listens(demo)
-    demo.add_argument("--folder", metavar="DIR", help="where the demo's folders lie")
-    demo.add_argument("--once", action="store_true", help="end after the answer")
+    _add_demo_arguments(command("demo", run_demo, "start a daemon with a small model and ask it a question"))
     worker = command("worker", run_worker_command, "serve one model to the daemon (started by it)")
     worker.add_argument("--fd", type=int, required=True, help="the socket to the daemon")
     return parser
+
+
+def _add_demo_arguments(demo: argparse.ArgumentParser) -> None:
+    _add_listen_argument(demo)
+    demo.add_argument("--folder", metavar="DIR", help="where the demo's folders lie")
+    demo.add_argument("--once", action="store_true", help="end after the answer")
+
+
+def _add_listen_argument(one: argparse.ArgumentParser) -> None:
+    about = "HOST:PORT or unix:PATH; repeatable"
+    one.add_argument("--listen", action="append", metavar="ADDRESS", type=_listen_argument, default=[], help=about)
 
 
 def _add_explain_arguments(explaining: argparse.ArgumentParser) -> None:

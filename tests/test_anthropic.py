@@ -493,7 +493,7 @@ def test_an_empty_answer() -> None:
         (KeyRefused(is_missing=True), "authentication_error"),
         (KeyConfined(key="k", path="/x"), "permission_error"),
         (RouteNotFound("GET", "/x"), "not_found_error"),
-        (MethodNotAllowed("GET", "/x"), "invalid_request_error"),
+        (MethodNotAllowed("GET", "/x", ["POST"]), "invalid_request_error"),
         (QueueFull(file="m", waiting=1, retry_after_s=1), "rate_limit_error"),
         (InternalFault(request_id="r"), "api_error"),
         (ShuttingDown(), "overloaded_error"),

@@ -484,7 +484,7 @@ log_level: debug
         models=("/a", "/b"),
         configs="/c",
         state="/s",
-        listen="unix:/run/localaid.sock",
+        listen=("unix:/run/localaid.sock",),
         queue_size=8,
         keep_alive_s=-1,
         memory=MemoryBudget(size_bytes=4 * 2**30),

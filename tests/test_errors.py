@@ -159,10 +159,10 @@ def all_errors() -> list[type[LocalaidError]]:
             "GET /v2 is not served here; the README lists every path, most begin with /v1/.",
         ),
         (
-            MethodNotAllowed("GET", "/v1/chat/completions"),
+            MethodNotAllowed("GET", "/v1/chat/completions", ["POST"]),
             405,
             "method_not_allowed",
-            "GET /v1/chat/completions is not served here; the README lists every path, most begin with /v1/.",
+            "/v1/chat/completions takes POST, not GET.",
         ),
         (
             BodyTooLarge(limit_bytes=10),

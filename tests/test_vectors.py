@@ -16,11 +16,9 @@ from localaid import (
     RerankRequest,
     document_texts,
     inputs_of,
-    model_of,
     parse_detokenize_request,
     parse_embedding_request,
     parse_rerank_request,
-    parse_template_request,
     parse_tokenize_request,
     rank_documents,
     render_embedding,
@@ -124,25 +122,10 @@ def test_tokens() -> None:
 
 def test_token_requests() -> None:
     """What is left out is as llama-server has it."""
-    request = parse_tokenize_request(b'{"content": "a"}')
+    request = parse_tokenize_request(b'{"content": "a", "model": "m"}')
     assert (request.add_special, request.parse_special, request.with_pieces) == (False, True, False)
-    assert request.model is None
     assert parse_detokenize_request(b'{"tokens": [1], "model": "m"}').model == "m"
     for parse, param in ((parse_tokenize_request, "content"), (parse_detokenize_request, "tokens")):
         with pytest.raises(BadRequest) as told:
             parse(b"{}")
         assert told.value.param == param
-
-
-def test_template_requests() -> None:
-    """A chat's body, of which `model` may be left out; it is checked like a chat's."""
-    assert model_of(b'{"messages": []}') is None
-    assert model_of(b'{"model": "m"}') == "m"
-    request = parse_template_request(b'{"messages": [{"role": "user", "content": "hi"}]}', "found")
-    assert (request.model, request.messages[0].content) == ("found", "hi")
-    with pytest.raises(BadRequest) as told:
-        parse_template_request(b'{"messages": []}', "found")
-    assert told.value.param == "messages"
-    for bad in (b"", b"[]", b"\xff", b'{"model": 3}'):
-        with pytest.raises(BadRequest):
-            model_of(bad)

@@ -311,11 +311,11 @@ def test_where_commands_ask(tmp_path: Path) -> None:
     """Control sockets first; --listen is that and nothing else; with --settings the service's own is not tried."""
     environ = {"HOME": str(tmp_path), "XDG_RUNTIME_DIR": "/u"}
     own, service = "unix:/u/localaid/control.sock", "unix:/run/localaid/control.sock"
-    assert find_daemons(arguments(), environ) == ([own, service], "127.0.0.1:8080")
-    assert find_daemons(arguments(listen="[::1]:1"), environ) == ([], "[::1]:1")
+    assert find_daemons(arguments(), environ) == ([own, service], ("127.0.0.1:8080",))
+    assert find_daemons(arguments(listen=["[::1]:1"]), environ) == ([], ("[::1]:1",))
     settings = tmp_path / "s.yaml"
     settings.write_text("listen: 127.0.0.1:9\ncontrol_socket: off\n")
-    assert find_daemons(arguments(settings=str(settings)), environ) == ([], "127.0.0.1:9")
+    assert find_daemons(arguments(settings=str(settings)), environ) == ([], ("127.0.0.1:9",))
 
 
 def test_commands_ask_at_the_control_socket_without_a_key(
