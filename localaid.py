@@ -18724,7 +18724,7 @@ async def track_request(
 
 
 def answer_no_http(
-    connection: web.RequestHandler,
+    _connection: web.RequestHandler,
     request: web.BaseRequest,
     status: int = 500,
     exc: BaseException | None = None,
@@ -18741,9 +18741,10 @@ def answer_no_http(
     _HTTP_LOG.info(said, request.remote, status, what, extra={FIELDS: line})
     if request.writer.output_size > 0:
         raise ConnectionError("an answer has begun")
-    connection.force_close()
     error = NotHttp(problem=what, limit_bytes=HEAD_LINE_BYTES)
-    return web.Response(status=status, body=render_error(error), content_type="application/json")
+    answer = web.Response(status=status, body=render_error(error), content_type="application/json")
+    answer.force_close()
+    return answer
 
 
 def _close_visit(metrics: Metrics, visit: Visit, now: float) -> None:

@@ -235,5 +235,5 @@ async def test_large_heads(shared: Daemon) -> None:
             raw.sendall(f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode())
             answered = raw.makefile("rb").read()
         head, _, body = answered.partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 400 "), head
+        assert b" 400 " in head.splitlines()[0]
         assert json.loads(body)["error"]["code"] == "bad_http"
