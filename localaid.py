@@ -3781,16 +3781,19 @@ def plan_listing(table: Table, inventory: Inventory) -> tuple[Listing, ...]:
     return tuple(sorted(listings, key=lambda listing: listing.name))
 
 
-def choose_name(listings: Iterable[Listing], path: str | None, loaded: AbstractSet[str]) -> str | None:
+def choose_name(
+    listings: Iterable[Listing], path: str | None, loaded: AbstractSet[str], *, are_all: bool
+) -> str | None:
     """Return what a request without a name means; `path` None: any.  None: several may be meant.
 
-    The user's only rule for the path, else the only model, else the only one in memory (`loaded`, sha256).
+    The user's only rule for the path, else the only model, else the only one in memory (`loaded`, sha256); which is the
+    only one is not known before `are_all` of them are hashed.
     """
     served = [one for one in listings if path is None or path in one.paths]
     own = [one for one in served if one.rule.layer == "user"]
     if len({(one.rule.file, one.rule.name) for one in own}) == 1:
         return min(own, key=_main_name_first).name
-    for some in (served, [one for one in served if one.file.sha256 in loaded]):
+    for some in (served, [one for one in served if one.file.sha256 in loaded]) if are_all else ():
         if len({content_of(one.file) for one in some}) == 1:
             return min(some, key=_main_name_first).name
     return None
@@ -18874,13 +18877,14 @@ async def find_name(state: State, http: web.Request) -> str:
     path = next((path for path in API_PATHS if route.startswith(path)), None)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(state.settings.hash_wait_s):
-            while (name := choose_name(seen := listings_for(state, http), path, state.supervisor.loaded)) is None:
-                hashing = any(file.sha256 is None and file.problem is None for file in state.inventory.files)
-                if state.is_ready and not hashing:
+            while True:
+                files, seen = state.inventory.files, listings_for(state, http)
+                are_all = state.is_ready and not any(one.sha256 is None and one.problem is None for one in files)
+                if name := choose_name(seen, path, state.supervisor.loaded, are_all=are_all):
+                    return name
+                if are_all:
                     break
                 await state.wait_for_change()
-            else:
-                return name
     names = " or ".join(f"`{one.name}`" for one in seen[:3])
     raise BadRequest(param="model", problem=f"is missing; name one, such as {names}" if names else "is missing")
 
