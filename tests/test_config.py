@@ -308,7 +308,7 @@ def test_document_limit() -> None:
 @pytest.mark.parametrize("text", ["[", "- ", "? ", "{a: "])
 def test_deep_nesting_ends_no_process(text: str) -> None:
     """However a document nests, it is an error and not the end of the process."""
-    assert "nested deeper than" in problems_of(text * 200_000)
+    assert re.search("nested deeper than|maximum nesting depth", problems_of(text * 200_000))  # ours, or libyaml's own
 
 
 def test_problems_are_bounded() -> None:
