@@ -550,7 +550,7 @@ def test_without_keys_only_this_machine_is_served(daemon: StartDaemon, tmp_path:
     keyed.process.wait_for_line("will not listen on .*the API keys in force stay")
     port = int(keyed.base_url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as plain:
-        plain.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        plain.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
         assert b" 401 " in plain.makefile("rb").readline()
 
 

@@ -834,7 +834,7 @@ async def test_a_client_that_reads_slowly_gets_every_event(tiny_llama: Path, tmp
             wanted = _read_scored(await answer.read())
         slow = socket.socket(socket.AF_UNIX)
         slow.connect(str(at))
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         slow.sendall(head.encode() + body)
         while daemon.supervisor.status().workers[0].steps < 800:  # all of them, and nothing has been read
             await asyncio.wait((asyncio.create_task(asyncio.sleep(0.01)),))

@@ -152,7 +152,7 @@ async def send_body(served: Daemon, framing: str, body: bytes) -> bytes:
     host, _, port = served.base_url.removeprefix("http://").rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
-        writer.write(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\n{framing}\r\nExpect: 100-continue\r\n\r\n".encode())
+        writer.write(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\n{framing}\r\nExpect: 100-continue\r\n\r\n".encode())
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(body)
         head = await reader.readuntil(b"\r\n\r\n")
@@ -174,7 +174,7 @@ async def test_broken_chunks_are_the_clients_error(served: Daemon) -> None:
     """Told at once where they come with their head; later ones end at `body_timeout`."""
     host, _, port = served.base_url.removeprefix("http://").rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     writer.write(head.encode() + b'5\r\n{"mod\r\nnonsense\r\n\r\n')
     assert b" 400 " in await reader.readline()
     writer.close()
