@@ -152,8 +152,8 @@ async def send_body(served: Daemon, framing: str, body: bytes) -> bytes:
     host, _, port = served.base_url.removeprefix("http://").rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
-        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\n{framing}\r\nExpect: 100-continue\r\n\r\n"
-        writer.write(head.encode())
+        start = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\n{framing}\r\nExpect: 100-continue\r\n\r\n"
+        writer.write(start.encode())
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(body)
         head = await reader.readuntil(b"\r\n\r\n")
