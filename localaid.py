@@ -10988,6 +10988,13 @@ class Lifecycle:
         self._leave(row, now)
         return self._decide(now)
 
+    def retried(self, key: WorkerKey, again: int, now: float) -> list[Effect]:
+        """Take note that a process is gone and another one loads at once; `again` requests that it had wait again."""
+        row = self.rows[key]
+        row.phase, row.running, row.held = "loading", 0, False
+        row.waiting += again
+        return self._decide(now)
+
     def ended(self, key: WorkerKey, now: float) -> list[Effect]:
         """Take note that a worker that was told to end is gone; its memory is free."""
         self._leave(self.rows[key], now)
@@ -11215,6 +11222,7 @@ class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag="load", omit_defa
     weights: list[WeightsFile] = []  # all that is opened, adapters last; where it has changed nothing is served from it
     declared: list[Prompts] = []  # of the rules that this worker serves: what they declare is fed at once
     cache_bytes: int = 0  # of host memory for parked sequences
+    plain: bool = False  # without the kernels that die on this processor, see `find_kernel_fault`
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag="submit", omit_defaults=True):
@@ -11722,6 +11730,10 @@ MAX_PIECE_BYTES: Final = 64 * 1024  # of one token
 NEGATIVE_INFINITY: Final = float("-inf")
 COPY_WEIGHTS_BYTES: Final = 512 * 1024 * 1024  # a larger file takes long to copy at a cold start
 RUN_CELLS: Final = 32  # of 16, 64 and 128 none is better
+# As a module (-m) the program is read from its cached bytecode; as a script it is compiled at every start, in 0.15 s.
+_PROGRAM_PATH: Final = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent.absolute()), os.environ.get("PYTHONPATH")))
+)
 FEW_TOKENS: Final = 8  # so many are found sooner by looking for the highest again and again than by a partition
 
 
@@ -11946,6 +11958,7 @@ class Engine:
 
         self._progress_callback = llama.llama_progress_callback(heard)  # kept: llama.cpp does not
         params.progress_callback = self._progress_callback
+        params.use_extra_bufts = not load.plain
         model = llama.llama_model_load_from_file(os.fsencode(load.path), params)
         if not model:
             raise EngineFailed(file=load.path, reason=self.log.first_error or "llama.cpp could not load the file")
@@ -12440,13 +12453,82 @@ def _keep_log(llama: ModuleType) -> LlamaLog:
     return log
 
 
-def describe_build() -> bytes:
-    """Return what this build of llama.cpp says of itself, as JSON: version, features, gpu."""
+def describe_build() -> None:
+    """Print what this build of llama.cpp says of itself, as JSON: version, features, gpu."""
     import llama_cpp  # noqa: PLC0415 - as in `Engine`
 
     features = llama_cpp.llama_print_system_info().decode()
     gpu = bool(llama_cpp.llama_supports_gpu_offload())
-    return json.dumps({"version": llama_cpp.__version__, "features": features, "gpu": gpu}).encode()
+    print(json.dumps({"version": llama_cpp.__version__, "features": features, "gpu": gpu}))  # noqa: T201
+
+
+# -- a try of the kernels --
+
+
+def run_apart(call: str, limit_s: float = 60.0) -> subprocess.CompletedProcess[bytes]:
+    """Run a call of this program in a process of its own: what llama.cpp does there ends nobody else.
+
+    Raises `OSError`, `subprocess.TimeoutExpired`.
+    """
+    code = f"import {Path(__file__).stem} as it; it.{call}"
+    command = [sys.executable, "-P", "-c", code, "worker"]
+    environ = {**os.environ, "PYTHONPATH": _PROGRAM_PATH}
+    return subprocess.run(command, capture_output=True, env=environ, timeout=limit_s, check=False)  # noqa: S603 - our own
+
+
+def name_signal(number: int) -> str:
+    """Return what a signal is called; those of real time have no name of their own."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def find_kernel_fault() -> str | None:
+    """Return the signal by which llama.cpp's fast kernels end a process on this machine; None: they do not.
+
+    The fast ones are AMX and weights that are packed anew.  gcc 12 drops stores to AMX's tile configuration, so what it
+    builds dies by SIGILL at the first prompt of more than one token (ggml-org/llama.cpp, pull 26954).
+    """
+    try:
+        done = run_apart("try_kernels()")
+    except (OSError, subprocess.TimeoutExpired):
+        return None  # which says nothing of kernels
+    return name_signal(-done.returncode) if done.returncode < 0 else None
+
+
+def try_kernels() -> None:
+    """Load a model of some KB and read a few tokens with it, as a worker does; for a process of its own."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    file = os.memfd_create("kernels")
+    os.write(file, render_tiny_model())
+    options = LoadOptions(ctx_size=64, parallel=1, threads=1)
+    Engine(LoadModel(path=f"/proc/self/fd/{file}", options=options), lambda _: None).close()
+
+
+def render_tiny_model(width: int = 256) -> bytes:
+    """Return a GGUF file: a llama of one layer and `width` tokens without a tokenizer, all weights zero and in Q4_0."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    words = {"general.architecture": "llama", "tokenizer.ggml.model": "none"}
+    numbers = dict.fromkeys(("embedding_length", "feed_forward_length", "vocab_size", "context_length"), width)
+    numbers |= {"block_count": 1, "attention.head_count": 4}
+    header = [text(key) + struct.pack("<I", 8) + text(value) for key, value in words.items()]
+    header += [text(f"llama.{key}") + struct.pack("<II", 4, value) for key, value in numbers.items()]
+    header.append(text("llama.attention.layer_norm_rms_epsilon") + struct.pack("<If", 6, 1e-5))
+    layer = "attn_norm ffn_norm attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down"
+    names = ["token_embd", "output", "output_norm", *(f"blk.0.{name}" for name in layer.split())]
+    tensors, at = [], 0
+    for name in names:
+        rows, kind, size = (1, 0, 4 * width) if name.endswith("_norm") else (width, 2, width * width // 32 * 18)
+        shape = (width,) if rows == 1 else (width, rows)
+        entry = struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, at)
+        tensors.append(text(f"{name}.weight") + entry)
+        at += size  # a multiple of 32 as it is
+    head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(header)) + b"".join(header + tensors)
+    return head + bytes(-len(head) % 32 + at)
 
 
 # == 11a. CONSTRAIN: grammars and schemas -> which tokens may come next (llguidance) ===================================
@@ -17316,16 +17398,92 @@ DEFAULT_STALL_S: Final = 300.0  # a worker that says nothing of its requests for
 STUCK_S: Final = 30.0  # a worker that has not even gone so long after it was killed is beyond our means
 RATE_WINDOW: Final = 32  # requests that the service rate is measured on
 RETRY_AFTER_LIMIT_S: Final = 600.0
-# As a module (-m) the program is read from its cached bytecode; as a script it is compiled at every start, in 0.15 s.
-_PROGRAM_PATH: Final = os.pathsep.join(
-    filter(None, (str(Path(__file__).parent.absolute()), os.environ.get("PYTHONPATH")))
-)
 # Large pages for what a worker allocates, its KV cache above all, where the system leaves that to programs (Linux'
 # usual "madvise"): prompts are read 7 % faster, eight streams decode 2 % faster (median of 8 pairs of processes).
 _LARGE_PAGES: Final = "glibc.malloc.hugetlb"
 _SUPERVISOR_LOG: Final = logging.getLogger("localaid.supervisor")
 
+# What a process brings upon itself; what comes from outside (SIGKILL where memory runs out) says nothing of kernels.
+FAULT_SIGNALS: Final = (signal.SIGILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)
+
 ItemT = TypeVar("ItemT")
+
+
+class KernelFaults(msgspec.Struct):
+    """What is known of the fast kernels of one build of llama.cpp on one processor; kept in the state folder."""
+
+    build: str = ""
+    all: str | None = None  # the signal by which a try of them has ended; None: it went well
+    files: dict[str, str] = {}  # sha256 -> the signal by which its worker died with them, where it has run without
+
+
+class Kernels:
+    """Says whether a model must be run without llama.cpp's fast kernels, and remembers why.
+
+    They are tried once for each build and processor, in a process of their own.  What no try foresees shows when a
+    worker dies before it has answered: the second one runs without them.
+    """
+
+    FILE_NAME: ClassVar = "kernels.json"
+
+    def __init__(self, state: Path | None) -> None:
+        """Keep what is known in `state`; None: nothing is tried or kept."""
+        self._file = state / self.FILE_NAME if state is not None else None
+        self._known: KernelFaults | None = None
+        self._trying = asyncio.Lock()
+
+    async def find_fault(self, sha256: str) -> str | None:
+        """Return the signal for which a model is run without the fast kernels; None: it is run with them."""
+        if self._file is None:
+            return None
+        async with self._trying:
+            if self._known is None:
+                self._known = await asyncio.to_thread(self._learn, self._file)
+        return self._known.all or self._known.files.get(sha256)
+
+    def remember(self, sha256: str, fault: str) -> None:
+        """Take note that a model runs without them, and died with them."""
+        if self._known is not None and self._file is not None and not self._known.all:
+            self._known.files[sha256] = fault
+            self._save(self._file, self._known)
+
+    def _learn(self, file: Path) -> KernelFaults:
+        build = self._name_build()
+        try:
+            known = msgspec.json.decode(file.read_bytes(), type=KernelFaults)
+        except (OSError, ValueError):  # not there, or damaged: it is found out again
+            known = KernelFaults()
+        if known.build != build:
+            known = KernelFaults(build=build, all=find_kernel_fault())
+            self._save(file, known)
+        if known.all is not None:
+            said = "llama.cpp's fast kernels end a process by %s here: models run without; `localaid doctor` says more"
+            _SUPERVISOR_LOG.warning(said, known.all)
+        return known
+
+    @staticmethod
+    def _save(file: Path, known: KernelFaults) -> None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_files({file: msgspec.json.encode(known)})
+        except OSError as error:
+            _SUPERVISOR_LOG.warning("%s cannot be written, the next start tries the kernels anew: %s", file, error)
+
+    @staticmethod
+    def _name_build() -> str:
+        """Return what changes with llama.cpp's libraries and with the processor."""
+        digest = hashlib.sha256()
+        spec = importlib.util.find_spec("llama_cpp")
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            for library in sorted(Path(folder, "lib").glob("*.so")):
+                status = library.stat()
+                digest.update(f"{library} {status.st_size} {status.st_mtime_ns}\n".encode())
+        with contextlib.suppress(OSError):
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+            digest.update(
+                "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features"))).encode()
+            )
+        return digest.hexdigest()
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -17581,6 +17739,7 @@ class WorkerProcess(asyncio.Protocol):
         self._exited: asyncio.Future[int] = self._loop.create_future()
         self._timers: list[asyncio.TimerHandle] = []
         self._why: str | None = None  # it was killed from here
+        self.fault: str | None = None  # the signal that it brought upon itself, once it has ended
 
     async def start(self) -> None:
         """Start the process; raises `OSError`."""
@@ -17612,8 +17771,13 @@ class WorkerProcess(asyncio.Protocol):
             env=worker_environ(os.environ, logging.getLevelName(level)),
             start_new_session=True,  # Ctrl-C at the terminal is for the daemon
         )
+        try:
+            self._pidfd = os.pidfd_open(self._popen.pid)
+        except OSError:  # too many open files: nobody would hear of its end
+            self._popen.kill()
+            self._popen.wait()
+            raise
         self.pid = self._popen.pid
-        self._pidfd = os.pidfd_open(self.pid)
 
     def send(self, *frames: bytes) -> None:
         """Send frames, in one system call where the socket takes them."""
@@ -17659,6 +17823,7 @@ class WorkerProcess(asyncio.Protocol):
         """Wait until the last message was received and the process was reaped; return how it ended."""
         await self._closed
         status = await self._exited
+        self.fault = name_signal(-status) if self._why is None and -status in FAULT_SIGNALS else None
         return self._why or render_exit(status)
 
     def _insist_after(self, term_s: float | None, kill_s: float | None) -> None:
@@ -17691,7 +17856,7 @@ def render_exit(status: int) -> str:
         case signal.SIGABRT:
             return "was ended by SIGABRT: llama.cpp gave up, its last words are in the log"
         case number if number > 0:
-            return f"was ended by {signal.Signals(number).name}"
+            return f"was ended by {name_signal(number)}"
     return f"ended with exit status {status}"
 
 
@@ -17724,6 +17889,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     decode_s: float  # of these, spent in llama_decode
     step_s: float  # spent in steps, sampling and sending included
     deltas: int = 0  # in these steps: about one a token that was generated
+    fault: str | None = None  # it runs without llama.cpp's fast kernels: the signal by which they end a process
     idle_s: float | None = None  # since its last request came or finished; None: it is at work, or not loaded
     failures: int  # in a row
     retry_after_s: float  # until the next attempt, while it fails
@@ -17763,6 +17929,8 @@ class WorkerOwner:
         self._rate = ServiceRate()
         self._pump_due = False
         self._refusal: str | None = None  # why the model cannot be loaded, in the worker's words
+        self._fault: str | None = None  # why it runs without the fast kernels
+        self._answered = False  # whether the process has answered anything
         self._began = 0.0  # when the process was started
         self._stall: asyncio.TimerHandle | None = None  # of the load
         self._heard = 0.0  # when the process last said something, or got its first request
@@ -17889,6 +18057,7 @@ class WorkerOwner:
                 case Embedded() | Ranked() | Tokenized() | Rendered():
                     generation = self._running.get(message.id)
                     if generation is not None:
+                        self._note_answer()
                         generation.end(None, message)
                         self._finish(generation, served=True)
                 case Loading():
@@ -17903,6 +18072,7 @@ class WorkerOwner:
     def _deliver(self, step: Step) -> None:
         """Give every reader what a step brought for it."""
         running = self._running
+        self._note_answer()
         self.steps += 1
         self.deltas += len(step.deltas)
         self.decode_s += step.decode_s
@@ -17923,6 +18093,13 @@ class WorkerOwner:
                 if not generation.left:
                     generation.end(None)
                     self._finish(generation, served=True)
+
+    def _note_answer(self) -> None:
+        """Take note that the process works; if it is one without the fast kernels, for the next time too."""
+        if not self._answered:
+            self._answered = True
+            if self._fault is not None:
+                self._supervisor.kernels.remember(self.key.sha256, self._fault)
 
     def _note_loaded(self, loaded: Loaded) -> None:
         """Take note that the worker is ready for requests."""
@@ -17966,26 +18143,43 @@ class WorkerOwner:
             self.process.send(encode_frame(Declare(prompts=prompts)))
 
     async def _own(self) -> None:
-        """Follow one process from its start until it is reaped."""
-        self._began = self._loop.time()
-        self.process = WorkerProcess(self._supervisor.worker_argv, self._receive, self.target.file)
-        try:
-            await self.process.start()
-        except OSError as error:
-            self._note_gone(f"could not be started: {error}")
-            return
-        if self._supervisor.is_stopping(self):
-            self.process.kill("was ended before it had loaded")
-        else:
-            self.process.send(encode_frame(self.target.load))
-            self._watch_for_stall()
-        weights, reason = self.target.load.weights, await self.process.wait()
+        """Follow one process until it is reaped; one that died before it had answered is followed by a safer one."""
+        self._fault = await self._supervisor.kernels.find_fault(self.key.sha256)
+        reason = await self._run_process()
+        process = self.process
+        if process and process.fault and not (self._answered or self._fault or self._supervisor.is_stopping(self)):
+            _SUPERVISOR_LOG.error(
+                "worker %s of %s: %s; once more without fast kernels", self.pid, self.target.file, reason
+            )
+            self._fault = process.fault
+            again = self._take_back()
+            self._supervisor.react(self._table.retried(self.key, again, self._loop.time()))
+            reason = await self._run_process()
+            if self.process and self.process.fault and not self._answered:
+                reason += f" also without llama.cpp's fast kernels, after {self._fault} with them"
         row = self._table.row(self.key)
+        weights = self.target.load.weights
         changed = await asyncio.to_thread(find_changed, weights) if row and row.phase == "loading" else ()
         if changed and not self._supervisor.is_stopping(self):
             self._note_changed(changed)
         else:
             self._note_gone(reason)
+
+    async def _run_process(self) -> str:
+        """Start a process, have it load the model, and wait for its end; return how it came to that."""
+        self._began, self._answered = self._loop.time(), False
+        process = self.process = WorkerProcess(self._supervisor.worker_argv, self._receive, self.target.file)
+        try:
+            await process.start()
+        except OSError as error:
+            return f"could not be started: {error}"
+        if self._supervisor.is_stopping(self):
+            process.kill("was ended before it had loaded")
+        else:
+            plain = self._fault is not None
+            process.send(encode_frame(msgspec.structs.replace(self.target.load, plain=plain)))
+            self._watch_for_stall()
+        return await process.wait()
 
     def _note_changed(self, paths: Sequence[str]) -> None:
         """Have requests look for the model anew: its files are not what was hashed, so the load was worth nothing."""
@@ -18033,31 +18227,35 @@ class WorkerOwner:
 
     def _note_gone(self, reason: str) -> None:
         """Sort the requests of a process that is gone: those without an answer run again, once; the others fail."""
-        self._clear_stall()
         stopping, pid, now = self._supervisor.is_stopping(self), self.pid, self._loop.time()
-        self.process, self._loaded, self.held = None, None, False
-        again = []
-        for generation in self._running.values():
+        for generation in list(self._running.values()):
             if generation.received or generation.again or stopping:
                 generation.end(WorkerDied(self.target.file, reason))
+                del self._running[generation.id]
             else:
                 generation.again = True
-                again.append(generation)
-        if self._running:
-            self._rate.note_end(now, idle=True)
-        self._running, self._sequences, self._replies = {}, 0, 0
-        for generation in reversed(again):
-            self._line_of(generation).push_front(generation.client, generation)
+        again = self._take_back()
         if stopping:
             _SUPERVISOR_LOG.info("worker %s of %s has ended", pid, self.target.file)
             effects = self._table.ended(self.key, now)
         else:
             reason, final = self._refusal or reason, self._refusal is not None
             self.last_error = reason
-            file, count = self.target.file, len(again)
-            _SUPERVISOR_LOG.error("worker %s of %s: %s; %d requests run again", pid, file, reason, count)
-            effects = self._table.failed(self.key, reason, now, final=final, again=len(again))
+            _SUPERVISOR_LOG.error("worker %s of %s: %s; %d requests run again", pid, self.target.file, reason, again)
+            effects = self._table.failed(self.key, reason, now, final=final, again=again)
         self._supervisor.react(effects, changed=True)
+
+    def _take_back(self) -> int:
+        """Put the requests of a process that is gone back into their queues, first in line; return how many."""
+        self._clear_stall()
+        again = list(self._running.values())
+        if self._sequences or self._replies:
+            self._rate.note_end(self._loop.time(), idle=True)
+        self.process, self._loaded, self.held = None, None, False
+        self._running, self._sequences, self._replies = {}, 0, 0
+        for generation in reversed(again):
+            self._line_of(generation).push_front(generation.client, generation)
+        return len(again)
 
     def status(self, row: WorkerRow | None, now: float) -> WorkerStatus:
         """Return what is to be shown."""
@@ -18081,6 +18279,7 @@ class WorkerOwner:
             decode_s=self.decode_s,
             step_s=self.step_s,
             deltas=self.deltas,
+            fault=self._fault if self.process else None,
             idle_s=now - row.used_at if row and row.phase == "loaded" and row.idle else None,
             failures=row.failures if row else 0,
             retry_after_s=max(0.0, row.retry_at - now) if row and row.failures else 0.0,
@@ -18103,14 +18302,16 @@ class Supervisor:
         on_written: Callable[[Sequence[str]], None] | None = None,
         turn_s: float = TURN_S,
         backoff_s: float = BACKOFF_S,
+        state: Path | None = None,
     ) -> None:
         """Start without workers.
 
         `budget_bytes`: memory of all workers.  `queue_size`: waiting requests of one worker.  `stall_s`: a worker that
         has requests and is silent for so long is replaced.  `worker_argv`: the command, to which `--fd N` is appended.
         `on_change` is called when something that `status` shows has changed, `on_written` with files that are found to
-        hold something else than they were hashed with.
+        hold something else than they were hashed with.  `state`: the folder where `Kernels` keeps what it knows.
         """
+        self.kernels = Kernels(state)
         self.queue_size = queue_size
         self.keep_alive_s = keep_alive_s
         self.stall_s = stall_s
@@ -20550,6 +20751,7 @@ class Daemon:
             stall_s=settings.stall_s,
             on_change=self._tell_soon,
             on_written=self.index.doubt,
+            state=folders.state,
         )
         self.puller = Puller(
             folders.models,
@@ -21365,7 +21567,7 @@ def _worker_row(worker: WorkerStatus) -> tuple[str, ...]:
         str(worker.waiting),
         f"{worker.deltas / worker.step_s:.1f}" if worker.deltas and worker.step_s else "-",
         "-" if worker.idle_s is None else about_time(worker.idle_s),
-        printable(worker.last_error or "-"),
+        printable(worker.last_error or (f"no fast kernels: they die by {worker.fault}" if worker.fault else "-")),
     )
 
 
@@ -21491,7 +21693,11 @@ FOLDERS_COUNTED: Final = 1_000_000
 UNREADABLE_TOLD: Final = 5  # files
 TCP_LISTEN: Final = "0A"  # in /proc/net/tcp
 REBUILD: Final = 'CMAKE_ARGS="{}" pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python {}'
-# Of /proc/cpuinfo -> as llama.cpp's build calls it; only what makes a model faster.
+PLAIN_KERNELS: Final = "-DCMAKE_C_FLAGS='{0}' -DCMAKE_CXX_FLAGS='{0}'".format(
+    "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+)
+# Of /proc/cpuinfo -> as llama.cpp's build calls it; only what makes a model faster.  AMX is left out: what gcc 12
+# builds with it dies, and `find_kernel_fault` says so where it is there.
 CPU_FEATURES: Final[Mapping[str, str]] = {
     "avx": "AVX",
     "avx2": "AVX2",
@@ -21501,7 +21707,6 @@ CPU_FEATURES: Final[Mapping[str, str]] = {
     "avx512f": "AVX512",
     "avx512_vnni": "AVX512_VNNI",
     "avx512_bf16": "AVX512_BF16",
-    "amx_int8": "AMX_INT8",
     "asimd": "NEON",
     "asimddp": "DOTPROD",
     "i8mm": "MATMUL_INT8",
@@ -21733,11 +21938,8 @@ def check_clock(now: float, program_time: float) -> Finding:
 
 def load_build() -> BuildAnswer | str:
     """Ask the build of llama.cpp in a process of its own, which alone imports it; else say why it cannot be asked."""
-    code = f"import sys, {Path(__file__).stem} as it; sys.stdout.buffer.write(it.describe_build())"
-    command = [sys.executable, "-P", "-c", code, "worker"]
-    environ = {**os.environ, "PYTHONPATH": os.fspath(Path(__file__).parent.absolute())}
     try:
-        done = subprocess.run(command, capture_output=True, env=environ, timeout=60, check=False)  # noqa: S603 - our own
+        done = run_apart("describe_build()")
         return msgspec.json.decode(done.stdout, type=BuildAnswer)
     except msgspec.MsgspecError:
         return done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2] or f"exit status {done.returncode}"
@@ -21745,8 +21947,8 @@ def load_build() -> BuildAnswer | str:
         return str(error)
 
 
-def check_build(build: BuildAnswer | str, cpuinfo: str, devices: Path) -> list[Finding]:
-    """Look whether the build uses what this machine has; `devices` is /dev."""
+def check_build(build: BuildAnswer | str, cpuinfo: str, devices: Path, fault: str | None = None) -> list[Finding]:
+    """Look whether the build uses what this machine has; `devices` is /dev, `fault` of `find_kernel_fault`."""
     package = "llama-cpp-python"
     if isinstance(build, str):
         remedy = f"pip install --force-reinstall {package}"
@@ -21760,6 +21962,13 @@ def check_build(build: BuildAnswer | str, cpuinfo: str, devices: Path) -> list[F
     if missing:
         what = f"{package} {build.version} does not use {', '.join(missing)}, which the processor has"
         remedy = REBUILD.format("-DGGML_NATIVE=on", package)
+        found = [Finding(check="llama.cpp", state="warning", what=what, remedy=remedy)]
+    if fault is not None:
+        what = (
+            f"the fast kernels of {package} {build.version} (AMX, packed weights) die by {fault}: models run without "
+        )
+        what += "them, prompts take up to 1.6 times, answers 1.2 times as long"
+        remedy = REBUILD.format(PLAIN_KERNELS if "amx_tile" in flags else "-DGGML_NATIVE=on", package)
         found = [Finding(check="llama.cpp", state="warning", what=what, remedy=remedy)]
     for pattern, name, option in GPU_DEVICES:
         if not any(devices.glob(pattern)):
@@ -21975,7 +22184,7 @@ def examine(
     overcommit = Path("/proc/sys/vm/overcommit_memory").read_text()
     locked_bytes = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     found += check_memory(given, load_memory_bytes(), models.largest, -1 if unit else locked_bytes, overcommit)
-    found += check_build(load_build(), Path("/proc/cpuinfo").read_text(), Path("/dev"))
+    found += check_build(load_build(), Path("/proc/cpuinfo").read_text(), Path("/dev"), find_kernel_fault())
     found.append(check_clock(time.time(), Path(__file__).stat().st_mtime))
     stores = (Path(store, CREDENTIAL) for store in ("/etc/credstore", "/run/credstore"))
     held = ((address, find_holder(address)) for address in given.listen)

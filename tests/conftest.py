@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +31,20 @@ PROGRAM = Path(localaid.__file__)
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("search", settings.get_profile("same"), derandomize=False, max_examples=2000)
 settings.load_profile("same")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def safe_kernels() -> Iterator[None]:
+    """Engines of the tests' own process are without kernels that would end it; daemons find that out by themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        if localaid.find_kernel_fault() is not None:
+            load_model = localaid.Engine._load_model
+
+            def load_plain(engine: localaid.Engine, load: localaid.LoadModel, report: Callable[[float], None]) -> int:
+                return load_model(engine, msgspec.structs.replace(load, plain=True), report)
+
+            patch.setattr(localaid.Engine, "_load_model", load_plain)
+        yield
 
 
 @pytest.fixture(scope="session")
