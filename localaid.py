@@ -18232,8 +18232,6 @@ class WorkerOwner:
             if generation.received or generation.again or stopping:
                 generation.end(WorkerDied(self.target.file, reason))
                 del self._running[generation.id]
-            else:
-                generation.again = True
         again = self._take_back()
         if stopping:
             _SUPERVISOR_LOG.info("worker %s of %s has ended", pid, self.target.file)
@@ -18254,6 +18252,7 @@ class WorkerOwner:
         self.process, self._loaded, self.held = None, None, False
         self._running, self._sequences, self._replies = {}, 0, 0
         for generation in reversed(again):
+            generation.again = True
             self._line_of(generation).push_front(generation.client, generation)
         return len(again)
 
@@ -20738,8 +20737,7 @@ class Daemon:
         self.folders, self.settings, self.log_format = folders, settings, log_format
         self.keyring = load_keyring(settings, folders.settings.parent, os.environ)
         self.table = build_table(())
-        self.is_ready = False
-        self._reload_due = False  # SIGHUP came before that
+        self.is_ready = self._reload_due = False  # due: SIGHUP came before that
         self._has_settings = folders.settings.exists()  # then it is an error where they are gone
         self.responses = ResponseStore(keep_s=RESPONSES_KEPT_S, count=RESPONSES_KEPT, size_bytes=RESPONSES_KEPT_BYTES)
         threads, rescan_s = settings.hash_threads, settings.rescan_s
@@ -20749,9 +20747,9 @@ class Daemon:
             queue_size=settings.queue_size,
             keep_alive_s=settings.keep_alive_s,
             stall_s=settings.stall_s,
+            state=folders.state,
             on_change=self._tell_soon,
             on_written=self.index.doubt,
-            state=folders.state,
         )
         self.puller = Puller(
             folders.models,

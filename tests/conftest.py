@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +34,17 @@ settings.register_profile("search", settings.get_profile("same"), derandomize=Fa
 settings.load_profile("same")
 
 
+@functools.cache
+def kernels_die() -> bool:
+    """Return whether llama.cpp's fast kernels end a process here; a daemon finds that out by itself."""
+    return localaid.find_kernel_fault() is not None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def safe_kernels() -> Iterator[None]:
-    """Engines of the tests' own process are without kernels that would end it; daemons find that out by themselves."""
+    """Engines of the tests' own process are without kernels that would end it."""
     with pytest.MonkeyPatch.context() as patch:
-        if localaid.find_kernel_fault() is not None:
+        if kernels_die():
             load_model = localaid.Engine._load_model
 
             def load_plain(engine: localaid.Engine, load: localaid.LoadModel, report: Callable[[float], None]) -> int:

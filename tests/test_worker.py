@@ -19,6 +19,7 @@ import msgspec
 import pytest
 
 import localaid
+from conftest import kernels_die
 from localaid import (
     FROM_WORKER,
     TOOL_FORMATS,
@@ -88,7 +89,10 @@ class WorkerEnd:
 
     def send(self, *messages: ToWorker) -> None:
         """Send messages in one write, so that they arrive together."""
-        self.socket.sendall(b"".join(map(encode_frame, messages)))
+        plain = [
+            msgspec.structs.replace(one, plain=kernels_die()) if isinstance(one, LoadModel) else one for one in messages
+        ]
+        self.socket.sendall(b"".join(map(encode_frame, plain)))
 
     def next(self) -> FromWorker:
         """Return the next message; note what it says of requests."""
@@ -502,7 +506,7 @@ from localaid import LoadModel, encode_frame
 ours, theirs = socket.socketpair()
 worker = subprocess.Popen([sys.executable, {localaid.__file__!r}, "worker", "--fd", str(theirs.fileno())],
                           pass_fds=[theirs.fileno(), ours.fileno()])
-ours.sendall(encode_frame(LoadModel(path={str(smollm2)!r})))
+ours.sendall(encode_frame(LoadModel(path={str(smollm2)!r}, plain={kernels_die()})))
 ours.recv(1)
 print(worker.pid, flush=True)
 sys.stdin.read()
