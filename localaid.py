@@ -63,7 +63,6 @@ import errno
 import faulthandler
 import fcntl
 import fnmatch
-import fractions
 import functools
 import gc
 import getpass
@@ -95,7 +94,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import warnings
 import weakref
 import zlib
 from collections import deque
@@ -198,6 +196,7 @@ if TYPE_CHECKING:
 #   WorkerFault                   500                         section 10: an error that only the worker knows
 #   SchemaUnsupported             400 unsupported_schema      section 11a
 #   GrammarInvalid                400 invalid_grammar         section 11a
+#   RequestFault                  500 request_failed          section 12: whatever one message raises
 #   InfillUnsupported             400 infill_unsupported      section 12
 #   ShuttingDown                  503 shutting_down           section 15
 #   KeyRefused                    401 invalid_api_key         section 16c
@@ -556,6 +555,19 @@ class SchemaUnsupported(LocalaidError):
         """Return the sentence for the user."""
         where = f" at {self.where}" if self.where else ""
         return f"The JSON schema in `{self.param}`{where} {self.problem}."
+
+
+@dataclass(eq=False)
+class RequestFault(LocalaidError):
+    """What a request made the worker raise that nobody had foreseen; the model goes on."""
+
+    code: ClassVar[str | None] = "request_failed"
+
+    problem: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return f"This request cannot be prepared ({self.problem}); change it, and report it: localaid's log has more."
 
 
 @dataclass(eq=False, kw_only=True)
@@ -12535,8 +12547,8 @@ def render_tiny_model(width: int = 256) -> bytes:
 #
 # A `Constrainer` compiles constraints for one engine's vocabulary, in the intake's thread; each sequence then has a
 # `Matcher` of its own, and `Engine.sample` asks it at each step which tokens may come.  What always holds:
-# - a completed answer validates: what llguidance cannot enforce, or reads in another way than JSON Schema's validators,
-#   is refused by name, never dropped.  `read_schema` does that, and writes down differently what has to be;
+# - llguidance says what it can hold and refuses the rest by name; `read_schema` looks at the kinds of what stands in a
+#   schema, so that a mistake is told with its place, and leaves out what asks for nothing;
 # - a stranger's schema or grammar costs bounded time and memory: depth and size are bounded here, the work of building
 #   and of each step by llguidance's limits; a step over them ends the answer with "length";
 # - GBNF is matched character by character, as llama.cpp does, so a greedy lexer cannot lose a reading of it.
@@ -12544,36 +12556,58 @@ def render_tiny_model(width: int = 256) -> bytes:
 
 SCHEMA_DEPTH: Final = 100  # steps of a path in it; llguidance reads JSON that is 128 deep
 SCHEMA_PARTS: Final = 20_000
-EXACT_INTEGER: Final = 2**53  # up to here every number of JSON is what a validator reads
+SCHEMA_NAMES: Final = 2000  # properties of an object: the time to compile them grows with their square, 0.9 s for these
+SCHEMA_REFS: Final = 1000  # likewise
+LONGEST_INTEGER: Final = 10**17 - 1  # numbers end: a small model finds no end of digits by itself
+SMALLEST_STEP: Final = 1e-9
+LARGEST_BOUND: Final = 10**18 - 1  # of integers, that llguidance holds
 KEPT_GRAMMARS: Final = 32
+PLACES_TRIED: Final = 500  # parts of a schema that was refused
 JSON_OPTIONS: Final = {
     "item_separator": ",",
     "key_separator": ":",
     "whitespace_flexible": True,
     "whitespace_pattern": " ",
-    "coerce_one_of": False,
+    "coerce_one_of": True,  # an answer that fits two options fits one
     "lenient": False,
 }
-NO_GRAMMAR_FOR: Final = "which no grammar can enforce; remove it, and check the answer yourself"
+ONE_OF_WARNING: Final = "oneOf not fully supported"  # llguidance's, of the option above
 
-# Keyword -> values that ask for nothing.
-_UNENFORCEABLE: Final[Mapping[str, tuple[object, ...]]] = {
+# Keyword -> values that ask for nothing; of those in `_ANNOTATIONS` every value does.
+_ASKS_NOTHING: Final[Mapping[str, tuple[object, ...]]] = {
     "not": (False,),
-    **dict.fromkeys(("if", "then", "else", "contains", "propertyNames", "unevaluatedItems"), (True,)),
+    "propertyNames": (True, {}, {"type": "string"}),
+    **dict.fromkeys(("if", "then", "else", "contains", "unevaluatedItems", "unevaluatedProperties"), (True, {})),
     **dict.fromkeys(("dependentRequired", "dependentSchemas", "dependencies"), ({},)),
     **dict.fromkeys(("minProperties", "minContains"), (0,)),
-    **dict.fromkeys(("maxProperties", "maxContains", "$dynamicRef", "$recursiveRef", "disallow", "divisibleBy"), ()),
-    "unevaluatedProperties": (True,),
     "uniqueItems": (False,),
 }
-_DATA: Final = frozenset(("const", "enum", "default", "examples", "example", "required", "type", "format"))
-_BOUNDS: Final = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
-# llguidance lets some numbers pass that are equal to such a bound, and a validator reads a long fraction as equal to
-# it; so the bound moves inwards a little.
-_EXCLUSIVE: Final = (("minimum", "exclusiveMinimum", 1, max), ("maximum", "exclusiveMaximum", -1, min))
-_COUNTS: Final = frozenset(("minLength", "maxLength", "minItems", "maxItems"))
-_MAPS: Final = frozenset(("properties", "patternProperties", "$defs", "definitions"))
-_LISTS: Final = frozenset(("anyOf", "allOf", "oneOf", "prefixItems"))
+_ANNOTATIONS: Final = frozenset(
+    "$schema $id $comment title description examples example deprecated readOnly writeOnly x-guidance".split()
+)
+_FORMATS: Final = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid uri".split())  # that are held
+_KINDS_OF_KEYWORDS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), "an object of schemas"),
+    **dict.fromkeys(("anyOf", "allOf", "oneOf", "prefixItems"), "a list of schemas"),
+    **dict.fromkeys(("items", "additionalProperties"), "a schema"),
+    **dict.fromkeys(("pattern", "$ref", "format", "$anchor"), "a text"),
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), "a number"),
+    **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), "a count"),
+    "multipleOf": "a number above 0",
+    "required": "a list of texts",
+    "enum": "a list",
+}
+_FITS: Final[Mapping[str, Callable[[object], bool]]] = {
+    "an object of schemas": lambda value: isinstance(value, dict),
+    "a list of schemas": lambda value: isinstance(value, list),
+    "a schema": lambda _: True,  # `read` looks
+    "a text": lambda value: isinstance(value, str),
+    "a number": lambda value: _number_of(value) is not None,
+    "a number above 0": lambda value: (_number_of(value) or 0) > 0,
+    "a count": lambda value: (number := _number_of(value)) is not None and number >= 0 and number == int(number),
+    "a list of texts": lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
+    "a list": lambda value: isinstance(value, list),
+}
 
 Schema = dict[str, object]
 
@@ -12581,14 +12615,18 @@ Schema = dict[str, object]
 def read_schema(schema: Schema | bool, param: str) -> Schema:
     """Return a schema as llguidance is to have it; `param` is the request's field that it came in.
 
-    Raises `SchemaUnsupported` for what cannot be held, and for a schema that no finite answer satisfies.
+    Raises `SchemaUnsupported` for what is malformed or too large.
     """
     if schema is False:
         raise SchemaUnsupported(param=param, problem="is `false`, so no answer satisfies it")
-    reader = _SchemaReader({} if schema is True else schema, param)
-    read = reader.read(reader.root, ())
-    reader.check_end()
-    return cast("Schema", read)
+    root: Schema = {} if schema is True else schema
+    return cast("Schema", _SchemaReader(param, closes=not _is_merged(root)).read(root, ()))
+
+
+def _number_of(value: object) -> float | None:
+    """Return a value that is a finite number; None where it is none."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    return cast("float", value) if is_number else None
 
 
 def _is_merged(schema: Schema) -> bool:
@@ -12607,39 +12645,83 @@ def _is_merged(schema: Schema) -> bool:
 class _SchemaReader:
     """One walk through a schema."""
 
-    def __init__(self, root: Schema, param: str) -> None:
-        self.root = root
-        self.param = param
-        self._parts = 0
-        self._refs: set[str] = set()
-        self._closes = not _is_merged(root)
+    def __init__(self, param: str, *, closes: bool) -> None:
+        self._param = param
+        self._closes = closes
+        self._parts = self._refs = 0
 
     def _refuse(self, where: tuple[str, ...], problem: str) -> SchemaUnsupported:
-        return SchemaUnsupported(param=self.param, where=".".join(where)[:200], problem=problem)
+        return SchemaUnsupported(param=self._param, where=".".join(where)[:200], problem=problem)
 
     def read(self, schema: object, where: tuple[str, ...]) -> object:
         """Return a part of the schema as llguidance is to have it."""
+        if isinstance(schema, bool):
+            return schema
         if not isinstance(schema, dict):
-            if isinstance(schema, bool):
-                return schema
             raise self._refuse(where, "is neither an object nor true or false")
         self._parts += 1
         if len(where) > SCHEMA_DEPTH or self._parts > SCHEMA_PARTS:
             raise self._refuse(where[:8], "is too deep or too large; make it smaller, or use $ref")
         read: Schema = {}
         for key, value in schema.items():
-            if key in _UNENFORCEABLE:
-                if not any(type(value) is type(free) and value == free for free in _UNENFORCEABLE[key]):
-                    raise self._refuse(where, f"uses `{key}`, {NO_GRAMMAR_FOR}")
-            elif key != "x-guidance":  # llguidance's own options
-                read[key] = self._read_value(key, value, where)
-        self._move_bounds(read)
-        self._merge_options(read)
-        if self._closes and "properties" in read:
-            self._close(read)
+            if key in _ANNOTATIONS or (value is None and key not in ("const", "default")):
+                continue
+            if any(type(value) is type(free) and value == free for free in _ASKS_NOTHING.get(key, ())):
+                continue
+            if key == "format" and isinstance(value, str) and value not in _FORMATS:
+                continue  # an annotation, says JSON Schema
+            is_tuple = key == "items" and isinstance(value, list)  # as older drafts and zod write it
+            read["prefixItems" if is_tuple else key] = self._read_value(
+                "prefixItems" if is_tuple else key, value, (*where, key)
+            )
+        self._settle(read)
         return read
 
-    def _close(self, read: Schema) -> None:
+    def _read_value(self, key: str, value: object, where: tuple[str, ...]) -> object:
+        """Return the value of one keyword, which is of its kind."""
+        kind = _KINDS_OF_KEYWORDS.get(key)
+        if kind is None:
+            return value
+        is_draft_4 = key.startswith("exclusive") and isinstance(value, bool)
+        if not is_draft_4 and not _FITS[kind](value):
+            raise self._refuse(where, f"is not {kind}")
+        self._refs += key == "$ref"
+        if self._refs > SCHEMA_REFS:
+            raise self._refuse(where[:8], f"is one $ref of more than {SCHEMA_REFS}, which is all that can be held")
+        if kind == "a schema":
+            return self.read(value, where)
+        if kind == "a list of schemas":
+            return [self.read(part, (*where, str(place))) for place, part in enumerate(cast("list[object]", value))]
+        if kind == "an object of schemas":
+            parts = cast("Schema", value)
+            if len(parts) > SCHEMA_NAMES:
+                raise self._refuse(where, f"has {len(parts)} names; {SCHEMA_NAMES} can be held")
+            return {name: self.read(part, (*where, name)) for name, part in parts.items()}
+        return int(cast("float", value)) if kind == "a count" else value
+
+    def _settle(self, read: Schema) -> None:
+        """Say what is left unsaid: what has properties is an object, which has no others, and numbers end."""
+        if "properties" in read and not read.keys() & {"type", "$ref", "const", "enum", "anyOf", "oneOf", "allOf"}:
+            read["type"] = "object"
+        if self._closes and "properties" in read:
+            self._close(read)
+        kinds = read.get("type")
+        kinds = kinds if isinstance(kinds, list) else [kinds]
+        if read.keys() & {"const", "enum", "$ref", "multipleOf"} or not {"number", "integer"} & set(map(str, kinds)):
+            return
+        ends = ("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)
+        for plain, exclusive, sign in ends:
+            bound = _number_of(read.get(plain, read.get(exclusive)))
+            if bound is None:
+                read[plain] = sign * LONGEST_INTEGER
+            elif isinstance(bound, int) and abs(bound) > LARGEST_BOUND and plain in read and bound * sign > 0:
+                read[plain] = sign * LARGEST_BOUND
+        given = [read[key] for names in ends for key in names[:2] if key in read]
+        if "number" in kinds and all(isinstance(one, (int, float)) and round(one, 9) == one for one in given):
+            read["multipleOf"] = SMALLEST_STEP
+
+    @staticmethod
+    def _close(read: Schema) -> None:
         """Allow an object the properties that it names only, where that leaves it satisfiable.
 
         JSON Schema allows any others where nothing is said; nobody who asks for an answer wants them, and a small model
@@ -12649,299 +12731,6 @@ class _SchemaReader:
         needed = cast("list[str]", read.get("required", []))
         if "patternProperties" not in read and set(needed) <= set(named):
             read.setdefault("additionalProperties", False)
-
-    def _move_bounds(self, read: Schema) -> None:
-        """Write bounds that exclude themselves as others."""
-        for key, exclusive, direction, choose in _EXCLUSIVE:
-            if isinstance(bound := read.pop(exclusive, None), (int, float)):
-                inner = bound + direction * (1e-9 if abs(bound) < 1e6 else 1)  # noqa: PLR2004 - 15 digits and no more
-                read[key] = choose(inner, cast("float", read.get(key, inner)))
-
-    def _merge_options(self, read: Schema) -> None:
-        """Write `oneOf` as `anyOf` where that is the same: llguidance sees it only without references."""
-        if not self._are_apart(read.get("oneOf")):
-            return
-        options = read.pop("oneOf")
-        if "anyOf" not in read:
-            read["anyOf"] = options
-        else:
-            read["allOf"] = [*cast("list[object]", read.get("allOf", [])), {"anyOf": options}]
-
-    def _read_value(self, key: str, value: object, where: tuple[str, ...]) -> object:
-        """Return the value of one keyword."""
-        here = (*where, key)
-        match value:
-            case _ if key in _DATA:
-                return value
-            case dict() | list():
-                return self._read_parts(key, value, here)
-            case str() if key == "pattern":
-                return self._read_pattern(value, here)
-            case str() if key == "$ref":
-                self._refs.add(value)
-            case bool() if key in _BOUNDS:
-                raise self._refuse(here, "is true or false, as in draft 4; give the number")
-            case int() | float() if key in _BOUNDS or key in _COUNTS or key == "multipleOf":
-                self._check_number(key, value, here)
-            case _ if key in _LISTS or key in _MAPS:
-                raise self._refuse(here, "is not of the kind that JSON Schema has there")
-        return value
-
-    def _read_parts(self, key: str, value: dict[str, object] | list[object], where: tuple[str, ...]) -> object:
-        """Return the schemas in a keyword's value; an unknown keyword may hold what a $ref points into."""
-        if isinstance(value, list):
-            if key == "items":
-                raise self._refuse(where, "is a list, as in older drafts; use `prefixItems`")
-            known = key in _LISTS
-            return [self.read(part, (*where, str(place))) for place, part in enumerate(value)] if known else value
-        if key in _LISTS:
-            raise self._refuse(where, "is not of the kind that JSON Schema has there")
-        if key not in _MAPS:
-            return self.read(value, where)
-        parts = {name: self.read(part, (*where, name)) for name, part in value.items()}
-        if key == "patternProperties":
-            return {self._read_pattern(name, where, _NAME_CLASSES): part for name, part in parts.items()}
-        return parts
-
-    def _check_number(self, key: str, value: float, where: tuple[str, ...]) -> None:
-        if key in _COUNTS and value < 0:
-            raise self._refuse(where, "is negative")
-        if abs(value) > EXACT_INTEGER:
-            raise self._refuse(where, "is beyond 2^53, where JSON's numbers are not exact")
-        if key == "multipleOf" and (value <= 0 or fractions.Fraction(repr(value)) != fractions.Fraction(value)):
-            raise self._refuse(
-                where,
-                f"is {value}, by which validators cannot divide exactly; count in a smaller unit, as cents, "
-                "or leave it out",
-            )
-
-    def _read_pattern(self, pattern: str, where: tuple[str, ...], classes: PatternClasses | None = None) -> str:
-        try:
-            return PatternReader(pattern, classes).read()
-        except PatternProblem as problem:
-            raise self._refuse(where, f"{problem}") from problem
-
-    # -- what a walk finds out --
-
-    def _resolve(self, schema: object) -> object:
-        """Return what a schema that is only a reference within the document refers to."""
-        if not isinstance(schema, dict) or not isinstance(ref := schema.get("$ref"), str):
-            return schema
-        at: object = self.root
-        if not ref.startswith("#"):
-            return None
-        for part in ref[1:].split("/")[1:]:
-            key = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
-            match at:
-                case dict():
-                    at = at.get(key)
-                case list() if key.isdecimal() and int(key) < len(at):
-                    at = at[int(key)]
-                case _:
-                    return None
-        return at
-
-    def _are_apart(self, options: object) -> bool:
-        """Whether no value satisfies two of the options: then one of them is the same as any of them."""
-        if not isinstance(options, list):
-            return False
-        resolved = [self._resolve(option) for option in options]
-        tags = [_tags_of(option) for option in resolved]
-        common = set[str]().union(*tags).intersection(*tags) if tags else set()
-        counts = [(sum(len(tag[key]) for tag in tags), len(set().union(*(tag[key] for tag in tags)))) for key in common]
-        return any(every == different for every, different in counts)
-
-    def check_end(self) -> None:
-        """Raise `SchemaUnsupported` where each answer would have to contain another one without end."""
-        ending: set[str] = set()
-        refs = {ref: self._resolve({"$ref": ref}) for ref in self._refs if ref.startswith("#")}
-        loops = {ref: set(_refs_in_place(part)) for ref, part in refs.items()}
-        while leaves := [ref for ref, others in loops.items() if not others & loops.keys()]:
-            for ref in leaves:
-                del loops[ref]
-        if loops:
-            raise SchemaUnsupported(param=self.param, problem=f"leads from {min(loops)} to itself; break the circle")
-        known = -1
-        while known < len(ending):
-            known = len(ending)
-            ending |= {ref for ref, part in refs.items() if ref not in ending and _can_end(part, ending, refs)}
-        if not _can_end(self.root, ending, refs):
-            raise SchemaUnsupported(
-                param=self.param, problem="requires itself within itself, so no answer ends; make a property optional"
-            )
-
-
-def _tags_of(option: object) -> dict[str, set[str]]:
-    """Return, for the properties that an object must have, which texts they can be; "" for its type."""
-    match option:
-        case {"type": "object", "properties": dict() as properties, "required": list() as required}:
-            tags = {"": {"object"}}
-            for name in required:
-                match properties.get(name):
-                    case {"const": str() as text} | {"enum": [str() as text]}:
-                        tags[name] = {text}
-                    case {"enum": list() as texts} if all(isinstance(text, str) for text in texts):
-                        tags[name] = {str(text) for text in texts}
-            return tags
-        case {"type": "object" | "array" | "string" | "number" | "boolean" | "null" as kind}:
-            return {"": {kind}}
-        case {"type": "integer"}:
-            return {"": {"number"}}
-    return {}
-
-
-def _refs_in_place(schema: object) -> Iterator[str]:
-    """Yield the references that say something of the same value as the schema does."""
-    if isinstance(schema, dict):
-        if isinstance(ref := schema.get("$ref"), str):
-            yield ref
-        for key in ("anyOf", "oneOf", "allOf"):
-            if isinstance(parts := schema.get(key), list):
-                for part in parts:
-                    yield from _refs_in_place(part)
-
-
-def _can_end(schema: object, ending: AbstractSet[str], refs: Mapping[str, object]) -> bool:
-    """Whether some finite value satisfies a schema, as far as its recursion goes; `ending` are references that do."""
-    if not isinstance(schema, dict):
-        return schema is not False
-    ref = schema.get("$ref")
-    if ref in refs and ref not in ending:
-        return False
-    for key, fold in (("anyOf", any), ("oneOf", any), ("allOf", all)):
-        parts = schema.get(key)
-        if isinstance(parts, list) and parts and not fold(_can_end(part, ending, refs) for part in parts):
-            return False
-    match schema:
-        case {"type": "object" | ["object"], "required": list() as required}:
-            properties = schema.get("properties")
-            known = properties if isinstance(properties, dict) else {}
-            rest = schema.get("additionalProperties", True)
-            return all(_can_end(known.get(name, rest), ending, refs) for name in required)
-        case {"type": "array" | ["array"], "minItems": int() as count} if count > 0:
-            return _can_end(schema.get("items", True), ending, refs)
-    return True
-
-
-# -- patterns --
-
-
-class PatternProblem(Exception):
-    """Why a pattern cannot be held to; a predicate.  Caught within the section."""
-
-
-_QUANTIFIER: Final = re.compile(r"(?:[*+?]|\{(\d*)(,?)(\d*)\})(\??)(\+?)")
-_KEPT_ESCAPES: Final = frozenset("nrtfv")
-_LARGE_WORD: Final = r"\p{Alphabetic}\p{M}\p{N}\p{L}\p{Pc}"
-_LARGE_SPACE: Final = r"\p{White_Space}\x{1c}-\x{1f}"
-PatternClasses = Mapping[str, tuple[str, str]]
-# What `\d` and its like are in a class: (a set within what every dialect takes, a set around it).
-_CLASSES: Final[PatternClasses] = {
-    "d": ("0-9", r"\p{Nd}"),
-    "w": ("0-9A-Za-z_", _LARGE_WORD),
-    "s": (r" \t\n\r\x{b}\x{c}", _LARGE_SPACE),
-    "D": (r"\P{Nd}", "[^0-9]"),
-    "W": (f"[^{_LARGE_WORD}]", "[^0-9A-Za-z_]"),
-    "S": (f"[^{_LARGE_SPACE}]", r"[^ \t\n\r\x{b}\x{c}]"),
-}
-_ECMA_SPACE: Final = r"\t-\r\p{Zs}\x{2028}\x{2029}\x{feff}"
-# The same for the names of properties, exactly as ECMA-262 has them, which JSON Schema refers to: a name that a pattern
-# does not match is an additional one, so that a smaller set would be as wrong as a larger one.
-_NAME_CLASSES: Final[PatternClasses] = {
-    "d": ("0-9", "0-9"),
-    "w": ("0-9A-Za-z_", "0-9A-Za-z_"),
-    "s": (_ECMA_SPACE, _ECMA_SPACE),
-    "D": ("[^0-9]", "[^0-9]"),
-    "W": ("[^0-9A-Za-z_]", "[^0-9A-Za-z_]"),
-    "S": (f"[^{_ECMA_SPACE}]", f"[^{_ECMA_SPACE}]"),
-}
-_ANY: Final = r"[^\n\r\x{2028}\x{2029}]"  # `.` in ECMA-262; in the other dialects it is all but \n
-
-
-class PatternReader:
-    r"""Reads a schema's regular expression, and writes one for llguidance that matches nothing more in any dialect.
-
-    Validators differ (`\d` is ASCII in ECMAScript, Unicode in Python), and llguidance's is Rust's; what the three do
-    not have in common is refused, and classes are made as small as the smallest.
-    """
-
-    def __init__(self, pattern: str, classes: PatternClasses | None = None) -> None:
-        """Take a pattern, and what its classes are where that is not what all dialects share."""
-        self._pattern = pattern
-        self._classes = classes or _CLASSES
-        self._at = 0
-
-    def read(self) -> str:
-        """Return the pattern for llguidance.  Raises `PatternProblem`."""
-        pattern = self._pattern
-        try:
-            with warnings.catch_warnings():  # of [[ and its like, which _read_class quotes
-                warnings.simplefilter("ignore")
-                re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise PatternProblem(f"is no regular expression ({error}); correct it") from error
-        out: list[str] = []
-        while self._at < len(pattern):
-            quantifier = _QUANTIFIER.match(pattern, self._at)
-            character = pattern[self._at]
-            if quantifier and quantifier[0] != "{}":
-                out.append(self._read_quantifier(quantifier))
-            elif character == "\\":
-                out.append(self._read_escape(None))
-            elif character == "[":
-                out.append(self._read_class())
-            elif pattern.startswith("(?", self._at):
-                if not pattern.startswith("(?:", self._at):
-                    raise PatternProblem("uses (?...) for more than a group, which no grammar can follow; leave it out")
-                out.append("(?:")
-                self._at += 3
-            else:
-                out.append(_ANY if character == "." else character if character in "()|^$" else _quote(character))
-                self._at += 1
-        return "".join(out)
-
-    def _read_quantifier(self, found: re.Match[str]) -> str:
-        low, comma, high, _, possessive = found.groups()
-        if possessive:
-            raise PatternProblem("uses a possessive quantifier, which validators read differently; drop the last +")
-        self._at = found.end()
-        return found[0][0] if low is None else f"{{{low or 0}{comma}{high}}}"
-
-    def _read_class(self) -> str:
-        """Read [...] at the current place."""
-        pattern = self._pattern
-        self._at += 1
-        around = pattern[self._at] == "^"
-        self._at += around
-        first, out = self._at, ["[^" if around else "["]
-        while pattern[self._at] != "]" or self._at == first:  # it ends: Python has read it too
-            if pattern[self._at] == "\\":
-                out.append(self._read_escape(around))
-            else:
-                out.append(_quote(pattern[self._at]))
-                self._at += 1
-            if pattern[self._at] == "-" and pattern[self._at + 1] != "]":
-                out.append("-")
-                self._at += 1
-        self._at += 1
-        return "".join(out) + "]"
-
-    def _read_escape(self, around: bool | None) -> str:
-        """Read a backslash and what it escapes; `around`: in a class that is negated."""
-        pattern, code = self._pattern, self._pattern[self._at + 1]
-        self._at += 2
-        if code in self._classes:
-            small, large = self._classes[code]
-            return f"[{small}]" if around is None else (large if around else small)
-        if code in "xu":
-            digits = 2 if code == "x" else 4
-            self._at += digits
-            return _quote(chr(int(pattern[self._at - digits : self._at], 16)))
-        if code in _KEPT_ESCAPES:
-            return _quote({"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v"}[code])
-        if code.isascii() and code.isalnum():
-            raise PatternProblem(f"uses \\{code}, which no grammar can follow; leave it out")
-        return _quote(code)
 
 
 def _quote(character: str) -> str:
@@ -13067,7 +12856,9 @@ class GbnfReader:
         if sign:
             return str(sign)
         least, most = int(low[:9]), int(high[:9] or low[:9])
-        if least > GBNF_REPEATS or (high and most < least):
+        if high and most < least:
+            raise self._wrong(f"{found[0]} ends before it begins; write {{{most},{least}}}")
+        if least > GBNF_REPEATS:
             raise self._wrong(f"{found[0]} cannot be repeated so often; at most {GBNF_REPEATS} times")
         open_end = comma and (not high or most > GBNF_REPEATS)
         return f"{{{least},}}" if open_end else f"{{{least},{most}}}"
@@ -13246,10 +13037,31 @@ class Constrainer:
         if not first.error:
             first.allowed()
         problem = first.error or ("has no text that satisfies it" if first.failed else "")
-        problem = problem or "; ".join(state.get_grammar_warnings())
+        warnings = state.get_grammar_warnings()
+        problem = problem or "; ".join(one for one in warnings if not one.startswith(ONE_OF_WARNING))
         if problem:
-            raise _refuse_grammar(constraint, problem)
+            raise _refuse_grammar(constraint, problem, self._find_place(constraint, problem))
         return first
+
+    def _find_place(self, constraint: Constraint, problem: str) -> str:
+        """Return which part of a schema llguidance refuses for the same reason by itself; empty: only the whole."""
+        match constraint:
+            case JsonConstraint(schema=schema):
+                todo: list[tuple[str, object]] = [("", schema)]
+            case LarkConstraint(schemas=schemas):
+                todo = [("", schema) for schema in schemas.values()]
+            case _:
+                return ""
+        found = ""
+        for place, part in todo:  # grows while it is walked; what is deeper comes later
+            if len(todo) < PLACES_TRIED:
+                todo += [(f"{place}.{key}".lstrip("."), value) for key, value in _parts_of(part)]
+            if place and isinstance(part, dict):
+                with contextlib.suppress(ValueError, LocalaidError):
+                    grammar = self._guidance.LLMatcher.grammar_from_json_schema(_encode_schema(part, ""))
+                    state = self._guidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+                    found = place if state.get_error().partition("\n")[0] == problem else found
+        return found
 
     def _render(self, constraint: Constraint) -> str:
         """Return a constraint as llguidance's grammar."""
@@ -13272,19 +13084,51 @@ def _encode_schema(schema: Schema | bool, param: str) -> str:
     return json.dumps(read_schema(schema, param) | {"x-guidance": JSON_OPTIONS})
 
 
-def _refuse_grammar(constraint: Constraint, problem: str) -> SchemaUnsupported | GrammarInvalid:
-    """Return llguidance's refusal of a constraint as an error with a remedy."""
+def _parts_of(schema: object) -> Iterator[tuple[str, object]]:
+    """Yield the schemas that stand in a schema, with the keys that lead there."""
+    for key, value in schema.items() if isinstance(schema, dict) else ():
+        match _KINDS_OF_KEYWORDS.get(key), value:
+            case "a schema", dict():
+                yield key, value
+            case "an object of schemas", dict():
+                yield from ((f"{key}.{name}", part) for name, part in value.items())
+            case (("a list of schemas" | "a schema"), list()):
+                yield from ((f"{key}.{place}", part) for place, part in enumerate(value))
+
+
+# What llguidance says -> what that means to who wrote the schema.
+_REASONS: Final = (
+    (
+        re.compile(r"Unimplemented keys: \[(.*)\]"),
+        r"uses \1, which no grammar can enforce; remove it and check the answer",
+    ),
+    (re.compile("regex parse error.*"), "has a pattern that is wrong, or looks around or back; write it otherwise"),
+    (re.compile("NoExtensionBias.*"), "leads from a $ref to itself, so no answer ends; break the circle"),
+    (
+        re.compile("(panic|.*too (big|large)|.*fuel|.*TooComplex).*"),
+        "is too large or too complex to follow; make it smaller",
+    ),
+    (re.compile(r"Resource '(.*)' is not present.*"), r"names \1, and nothing is fetched; put it under $defs"),
+)
+
+
+def _refuse_grammar(constraint: Constraint, problem: str, where: str = "") -> SchemaUnsupported | GrammarInvalid:
+    """Return llguidance's refusal of a constraint as an error with a remedy, which names the part at fault."""
     reason = problem.removeprefix("Unsatisfiable schema: ").rstrip(". ")[:200]
-    if problem.startswith("panic") or any(word in problem for word in ("too big", "too large", "fuel", "TooComplex")):
-        reason = "is too large or too complex to follow; make it smaller"
+    for pattern, meaning in _REASONS:
+        if found := pattern.match(problem):
+            reason = found.expand(meaning).replace('"', "`")
+            if not isinstance(constraint, GbnfConstraint):
+                param = constraint.param if isinstance(constraint, LarkConstraint) else "response_format"
+                return SchemaUnsupported(param=param, where=where, problem=reason)
     match constraint:
         case GbnfConstraint():
             return GrammarInvalid(problem=reason)
         case LarkConstraint(param=param):
-            return SchemaUnsupported(param=param, problem=f"cannot be followed ({reason}); simplify it")
+            return SchemaUnsupported(param=param, where=where, problem=f"cannot be followed ({reason}); simplify it")
         case _ if "nsatisfiable" in problem:
-            return SchemaUnsupported(problem=f"is satisfied by no answer ({reason}); correct it")
-    return SchemaUnsupported(problem=f"cannot be followed ({reason}); simplify it")
+            return SchemaUnsupported(where=where, problem=f"is satisfied by no answer ({reason}); correct it")
+    return SchemaUnsupported(where=where, problem=f"cannot be followed ({reason}); simplify it")
 
 
 # == 11b. EMBED: texts -> vectors and scores, on an engine's weights ===================================================
@@ -13559,6 +13403,8 @@ def _check_lengths(engine: Engine, inputs: list[list[int]], param: str) -> None:
 # the next decode starts.  When the daemon's end of the socket closes, the worker ends.
 
 
+INTAKE_STACK_BYTES: Final = 512 * 1024 * 1024  # only what is used takes memory: grammars of 9,000 rules in a chain fit
+INTAKE_FAILED: Final = 70  # exit status (sysexits.h)
 _WORKER_LOG: Final = logging.getLogger("localaid.worker")
 _NO_CALLS: Final[list[CallDelta]] = []
 
@@ -13675,6 +13521,7 @@ class Worker:
         self._declare(load.declared)
         self._send_loaded()
         sys.setswitchinterval(0.0005)  # the intake must not hold the interpreter for 5 ms while a step waits
+        threading.stack_size(INTAKE_STACK_BYTES)
         threading.Thread(target=self._take_in, args=(reader, early), name="intake", daemon=True).start()
         self._serve()
         return 0
@@ -13709,52 +13556,58 @@ class Worker:
     # -- the intake's thread --
 
     def _take_in(self, reader: FrameReader[ToWorker], early: list[ToWorker]) -> None:
-        """Read frames for ever; prompts are rendered and tokenized here."""
-        messages = early
-        while True:
-            for message in messages:
-                match message:
-                    case Submit():
-                        self._prepare(message)
-                    case Embed() | Rerank() | Tokenize() | Detokenize() | Render():
-                        self._answer(message)
-                    case Cancel() | Declare() | Stop():
-                        self._inbox.put(message)
-                    case LoadModel():
-                        raise BrokenFrame(problem="a second LoadModel")
-            try:
+        """Read frames for ever; prompts are rendered and tokenized here.  If that ends, so does the process."""
+        try:
+            messages = early
+            while True:
+                for message in messages:
+                    self._take(message)
                 chunk = self._connection.recv(1 << 20)
-            except ConnectionError:
-                chunk = b""
-            if not chunk:
-                self._inbox.put(None)
-                return
-            messages = reader.feed(chunk)
+                if not chunk:
+                    break
+                messages = reader.feed(chunk)
+        except ConnectionError:  # the daemon has gone
+            pass
+        except BaseException:  # noqa: BLE001 - a model that hears nobody any more must make room for one that does
+            _WORKER_LOG.exception("the intake has ended, and so does this worker")
+            os._exit(INTAKE_FAILED)
+        self._inbox.put(None)
+
+    def _take(self, message: ToWorker) -> None:
+        """Take one message; whatever a task's raises is its own error, and never the end of the intake."""
+        if isinstance(message, LoadModel):
+            raise BrokenFrame(problem="a second LoadModel")
+        if isinstance(message, (Cancel, Declare, Stop)):
+            self._inbox.put(message)
+            return
+        try:
+            if isinstance(message, Submit):
+                self._prepare(message)
+            else:
+                self._answer(message)
+        except LocalaidError as error:
+            self._reject(message.id, error)
+        except Exception as error:  # noqa: BLE001 - a stranger's schema or template must not end the intake
+            _WORKER_LOG.exception("request %d cannot be prepared", message.id)
+            self._reject(message.id, RequestFault(problem=f"{type(error).__name__}: {error}"[:300]))
 
     def _prepare(self, submit: Submit) -> None:
-        """Turn a request's prompt into tokens and put it into the inbox, or reject it."""
-        try:
-            if not self._engine.generates:
-                raise EngineFailed(file="", reason="this model embeds texts and does not write any")
-            rendered = self._rendered(submit.prompt)
-            tokens = self._tokens_of(submit.prompt, rendered)
-            param = "messages" if isinstance(submit.prompt, ChatPrompt) else "prompt"
-            if len(tokens) >= self._engine.capacity.ctx_size:
-                ctx_size = self._engine.capacity.ctx_size
-                raise ContextLengthExceeded(prompt_tokens=len(tokens), ctx_size=ctx_size, param=param)
-            if not tokens:
-                raise PromptEmpty(param=param)
-            reading, constraint = self._plan_reading(submit, rendered)
-            matcher = None
-            if constraint is not None:
-                keep_on = bool(submit.sampling.ignore_eos)
-                matcher = self._constrainer.start_constraint(constraint, keep_on=keep_on)
-        except LocalaidError as error:
-            self._reject(submit.id, error)
-            return
-        except RecursionError:  # only schemas can nest like that
-            self._reject(submit.id, BadRequest(param="tools", problem="nest too deeply"))
-            return
+        """Turn a request's prompt into tokens and put it into the inbox.  Raises `LocalaidError`."""
+        if not self._engine.generates:
+            raise EngineFailed(file="", reason="this model embeds texts and does not write any")
+        rendered = self._rendered(submit.prompt)
+        tokens = self._tokens_of(submit.prompt, rendered)
+        param = "messages" if isinstance(submit.prompt, ChatPrompt) else "prompt"
+        if len(tokens) >= self._engine.capacity.ctx_size:
+            ctx_size = self._engine.capacity.ctx_size
+            raise ContextLengthExceeded(prompt_tokens=len(tokens), ctx_size=ctx_size, param=param)
+        if not tokens:
+            raise PromptEmpty(param=param)
+        reading, constraint = self._plan_reading(submit, rendered)
+        matcher = None
+        if constraint is not None:
+            keep_on = bool(submit.sampling.ignore_eos)
+            matcher = self._constrainer.start_constraint(constraint, keep_on=keep_on)
         echo = self._echo_of(submit.prompt, tokens) if submit.echo else ""
         stop, strip_start = (rendered.stop, rendered.strip_start) if rendered is not None else ((), False)
         self._inbox.put(Prepared(submit, tokens, (*submit.stop, *stop), strip_start, matcher, echo, reading))
@@ -13795,23 +13648,20 @@ class Worker:
         self._send(Rejected(id=request, error=name, fields=fields))
 
     def _answer(self, task: Embed | Rerank | Tokenize | Detokenize | Render) -> None:
-        """Answer a task that needs no decode; put one that does into the inbox, as tokens."""
+        """Answer a task that needs no decode; put one that does into the inbox, as tokens.  Raises `LocalaidError`."""
         engine = self._engine
-        try:
-            match task:
-                case Embed():
-                    self._inbox.put(prepare_embed(engine, task))
-                case Rerank():
-                    self._inbox.put(prepare_rerank(engine, task))
-                case Tokenize():
-                    tokens = self._join_parts(task)
-                    self._send(Tokenized(id=task.id, tokens=tokens, pieces=list(map(engine.token_text, tokens))))
-                case Detokenize(tokens=tokens):
-                    self._send(Rendered(id=task.id, text=self._text_of(tokens), tokens=len(tokens)))
-                case Render(prompt=prompt):
-                    self._send(self._render(task.id, prompt))
-        except LocalaidError as error:
-            self._reject(task.id, error)
+        match task:
+            case Embed():
+                self._inbox.put(prepare_embed(engine, task))
+            case Rerank():
+                self._inbox.put(prepare_rerank(engine, task))
+            case Tokenize():
+                tokens = self._join_parts(task)
+                self._send(Tokenized(id=task.id, tokens=tokens, pieces=list(map(engine.token_text, tokens))))
+            case Detokenize(tokens=tokens):
+                self._send(Rendered(id=task.id, text=self._text_of(tokens), tokens=len(tokens)))
+            case Render(prompt=prompt):
+                self._send(self._render(task.id, prompt))
 
     def _join_parts(self, task: Tokenize) -> list[int]:
         """Return the tokens of texts and tokens in turn; only a text that comes first begins a sequence."""
