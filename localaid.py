@@ -9759,46 +9759,6 @@ def render_completion(
     return RenderedPrompt(text=text, add_bos=not _begins_with(text, bos))
 
 
-def render_declared(
-    prompts: Prompts,
-    *,
-    model_template: str | None,
-    bos: str = "",
-    eos: str = "",
-    now: float | None = None,
-    kind: Literal["chat", "completion"] = "chat",
-) -> RenderedPrompt | None:
-    """Return the text that a rule puts before what requests bring, so that it can be fed early; None: there is none.
-
-    Every prompt of the rule begins with it; where Jinja is at work, every prompt whose chat opens with the user (what
-    a template says by itself gives way to a request's own system message).  Raises `TemplateFailed`, `TemplateRefused`.
-    """
-    if kind == "completion":
-        if prompts.completion_template is None and not prompts.completion_prompt:
-            return None
-        return _common_start(render_completion(text, prompts, bos=bos, eos=eos, now=now) for text in ("A", "z"))
-    if prompts.chat_template is None and not prompts.chat_prompt:
-        return None
-    template = _choose_template(prompts, model_template)
-    openings = [ChatMessage(role="user", content="A"), ChatMessage(role="user", content="z")]
-    if template is None:
-        openings.append(ChatMessage(role="system", content="A"))
-    return _common_start(
-        render_chat([opening], prompts, model_template=model_template, bos=bos, eos=eos, now=now)
-        for opening in openings
-    )
-
-
-def _common_start(prompts: Iterable[RenderedPrompt]) -> RenderedPrompt | None:
-    """Return the text with which all of `prompts` begin; None: nothing."""
-    first, *others = prompts
-    same = len(first.text)
-    for other in others:
-        both = zip(first.text[:same], other.text, strict=False)
-        same = next((at for at, (a, b) in enumerate(both) if a != b), min(same, len(other.text)))
-    return msgspec.structs.replace(first, text=first.text[:same]) if same else None
-
-
 def _choose_template(prompts: Prompts, model_template: str | None) -> _ChatTemplate | None:
     """Return the template that chats go through; None: the plain transcript."""
     if prompts.chat_template is not None:
@@ -10139,7 +10099,6 @@ class BatchSequence:
 
     tokens: list[int]  # prompt, then what was sampled
     n_prompt: int
-    declared: bool = False  # a rule's prompt: fed for later, no answer
     apart: bool = False  # its last prompt token is fed alone, as it is on a warm prefix: so a seed repeats its text
     scored: bool = False  # the logits of its whole prompt are wanted: it is fed from the start, whatever is known
     phase: Literal["waiting", "following", "running", "resting", "gone"] = "waiting"
@@ -10165,7 +10124,6 @@ class Segment:
     end: int
     pos_min: int
     parent: Segment | None
-    pinned: bool
     size_bytes: int
     children: int = 0
     node: TreeNode | None = None
@@ -10337,9 +10295,6 @@ class Batch:
             self.feed_token_s = _blend(self.feed_token_s, elapsed_s / len(plan.tokens))
         elif plan.rows and not plan.prompt_tokens:
             self.row_s = _blend(self.row_s, elapsed_s / len(plan.rows))
-        for sequence, _ in plan.fed:
-            if sequence.declared and sequence.n_fed == len(sequence.tokens):
-                self.finish(sequence)
 
     def note_parked(self, segment_id: int, size_bytes: int) -> None:
         """Take the true size of a parked segment; 0: it could not be saved, so nobody must rely on it."""
@@ -10394,9 +10349,7 @@ class Batch:
             left = len(sequence.tokens) - sequence.n_fed
             if sequence.phase != "running":
                 continue
-            if left == 0:  # a declared prompt that was known already
-                self.finish(sequence)
-            elif left == 1 and not sequence.declared:
+            if left == 1:
                 generating.append(sequence)
             else:
                 feeding.append(sequence)
@@ -10521,7 +10474,7 @@ class Batch:
 
     def _begin(self, sequence: BatchSequence, ops: list[MemoryOp], *, may_follow: bool) -> None:
         """Give a sequence its longest known prefix, or let it wait for the one who computes a longer one."""
-        limit = len(sequence.tokens) - (0 if sequence.declared else 1)  # the last token is fed, for its logits
+        limit = len(sequence.tokens) - 1  # the last token is fed, for its logits
         path = [] if sequence.scored else self._tree.find(sequence.tokens, limit)
         best, length = self._choose_source(path)
         if may_follow and (ahead := self._choose_leader(path, sequence)) and ahead[1] - length >= SHARE_MIN_TOKENS:
@@ -10670,7 +10623,7 @@ class Batch:
                 break
             self.resting.popleft()
         while self.parked_bytes > self.capacity.parked_bytes:
-            oldest = next((s for s in self.segments.values() if not s.children and not s.pinned), None)
+            oldest = next((s for s in self.segments.values() if not s.children), None)
             if oldest is None:
                 break
             self._forget(oldest)
@@ -10680,7 +10633,7 @@ class Batch:
         """Save what is not yet known of a sequence's memory and free its cells; False: more to do in a later step."""
         parent, start = self._parked_prefix(sequence)
         end = sequence.n_fed
-        worth = end - start >= SHARE_MIN_TOKENS or (sequence.declared and end > start)
+        worth = end - start >= SHARE_MIN_TOKENS
         if worth and self.capacity.parked_bytes > 0:
             if limit_bytes is not None:
                 end = min(end, start + max(1024, limit_bytes // self.capacity.cell_bytes))
@@ -10706,10 +10659,10 @@ class Batch:
     def _add_segment(self, sequence: BatchSequence, parent: Segment | None, start: int, end: int) -> None:
         """Enter a segment into the table and the tree."""
         size_bytes = (end - start) * self.capacity.cell_bytes
-        path, pinned, pos_min = sequence.tokens[:end], sequence.declared, sequence.pos_min
+        path, pos_min = sequence.tokens[:end], sequence.pos_min
         if self.capacity.kind == "window":  # what is behind the window may linger in the cache, but is not saved
             pos_min = max(pos_min, end - self.capacity.window)
-        segment = Segment(self._next_segment, path, start, end, pos_min, parent, pinned, size_bytes)
+        segment = Segment(self._next_segment, path, start, end, pos_min, parent, size_bytes)
         self._next_segment += 1
         self._tree.add(segment, segment.tokens, start, end)
         self.segments[segment.id] = segment
@@ -10717,7 +10670,6 @@ class Batch:
         if parent is not None:
             parent.children += 1
         while parent is not None:
-            parent.pinned = parent.pinned or segment.pinned
             self.segments.move_to_end(parent.id)
             parent = parent.parent
 
@@ -10769,7 +10721,7 @@ def _feed(plan: Plan, sequence: BatchSequence, count: int) -> None:
     plan.positions += range(start, end)
     plan.seq_ids += [sequence.seq_id] * count
     plan.fed.append((sequence, count))
-    if end == len(sequence.tokens) and not sequence.declared:
+    if end == len(sequence.tokens):
         plan.sampled.append(len(plan.outputs))
         plan.outputs.append(len(plan.tokens) - 1)
         plan.rows.append(sequence)
@@ -11226,13 +11178,12 @@ Prompt = ChatPrompt | TextPrompt | TokenPrompt | InfillPrompt
 
 
 class LoadModel(msgspec.Struct, frozen=True, kw_only=True, tag="load", omit_defaults=True):
-    """First message to a worker: which file, how, and which prompts to feed at once."""
+    """First message to a worker: which file, and how."""
 
     path: str
     options: LoadOptions = LoadOptions()
     lora_paths: list[tuple[str, float]] = []  # (file, scale)
     weights: list[WeightsFile] = []  # all that is opened, adapters last; where it has changed nothing is served from it
-    declared: list[Prompts] = []  # of the rules that this worker serves: what they declare is fed at once
     cache_bytes: int = 0  # of host memory for parked sequences
     plain: bool = False  # without the kernels that die on this processor, see `find_kernel_fault`
 
@@ -11299,17 +11250,11 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True, tag="cancel"):
     id: int
 
 
-class Declare(msgspec.Struct, frozen=True, kw_only=True, tag="declare"):
-    """Prompts of rules that have come since the model was loaded; fed when the worker has nothing else to do first."""
-
-    prompts: list[Prompts]
-
-
 class Stop(msgspec.Struct, frozen=True, tag="stop"):
     """End the worker when its last sequence has finished."""
 
 
-ToWorker = LoadModel | Declare | Task | Cancel | Stop
+ToWorker = LoadModel | Task | Cancel | Stop
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):
@@ -13465,7 +13410,7 @@ class Session:
     shown: dict[int, bytes] = field(default_factory=dict)  # control tokens that the parser looks for
 
 
-Inbox = Prepared | EmbedJob | Declare | Cancel | Stop | None  # None: the daemon has gone
+Inbox = Prepared | EmbedJob | Cancel | Stop | None  # None: the daemon has gone
 
 
 def find_changed(weights: Iterable[WeightsFile]) -> tuple[str, ...]:
@@ -13518,7 +13463,6 @@ class Worker:
         self._batch = Batch(self._engine.capacity)
         self._chat_template = self._engine.chat_template
         self._bos_text, self._eos_text = self._engine.bos_text, self._engine.eos_text
-        self._declare(load.declared)
         self._send_loaded()
         sys.setswitchinterval(0.0005)  # the intake must not hold the interpreter for 5 ms while a step waits
         threading.stack_size(INTAKE_STACK_BYTES)
@@ -13577,7 +13521,7 @@ class Worker:
         """Take one message; whatever a task's raises is its own error, and never the end of the intake."""
         if isinstance(message, LoadModel):
             raise BrokenFrame(problem="a second LoadModel")
-        if isinstance(message, (Cancel, Declare, Stop)):
+        if isinstance(message, (Cancel, Stop)):
             self._inbox.put(message)
             return
         try:
@@ -13733,7 +13677,7 @@ class Worker:
 
     # -- the engine's thread --
 
-    def _handle(self, message: Prepared | EmbedJob | Declare | Cancel | Stop) -> None:
+    def _handle(self, message: Prepared | EmbedJob | Cancel | Stop) -> None:
         """Change the batch as a message asks."""
         match message:
             case Prepared():
@@ -13746,8 +13690,6 @@ class Worker:
                 for session in self._requests.get(request, ()):
                     self._end(session)
                 self._requests.pop(request, None)
-            case Declare(prompts=prompts):
-                self._declare(prompts)
             case Stop():
                 self._stopping = True
 
@@ -13788,28 +13730,6 @@ class Worker:
             self._sessions[session.sequence] = session
             self._batch.add(session.sequence)
         self._requests[submit.id] = sessions
-
-    def _declare(self, prompts: list[Prompts]) -> None:
-        """Queue what rules declare, to be fed and parked before anybody asks."""
-        kinds: tuple[Literal["chat", "completion"], ...] = ("chat", "completion")
-        for declared, kind in itertools.product(prompts if self._engine.generates else (), kinds):
-            try:
-                rendered = render_declared(
-                    declared,
-                    model_template=self._chat_template,
-                    bos=self._bos_text,
-                    eos=self._eos_text,
-                    now=time.time(),
-                    kind=kind,
-                )
-            except LocalaidError as error:  # who asks for it gets the same error; the others are served
-                _WORKER_LOG.warning("a prompt that a rule declares: %s", error)
-                continue
-            if rendered is None:
-                continue
-            tokens = self._tokenize(rendered)[:-1]  # the last one may merge with what follows
-            if SHARE_MIN_TOKENS <= len(tokens) < self._engine.capacity.ctx_size:
-                self._batch.add(BatchSequence(tokens, len(tokens), declared=True))
 
     def _end(self, session: Session) -> None:
         """Take a session out of the batch."""
@@ -17987,11 +17907,6 @@ class WorkerOwner:
             self._loaded = None
             self.process.stop(limit_s)
 
-    def declare(self, prompts: list[Prompts]) -> None:
-        """Let a loaded worker feed prompts of rules that have come since."""
-        if self._loaded and self.process:
-            self.process.send(encode_frame(Declare(prompts=prompts)))
-
     async def _own(self) -> None:
         """Follow one process until it is reaped; one that died before it had answered is followed by a safer one."""
         self._fault = await self._supervisor.kernels.find_fault(self.key.sha256)
@@ -18210,12 +18125,6 @@ class Supervisor:
         contents = {part.content for file in files for part in file.weights}
         for key in [key for key in self._owners if key.sha256 not in present or not contents.issuperset(key.beside)]:
             self.drain(key)
-
-    def declare(self, sha256: str, options: LoadOptions, prompts: list[Prompts]) -> None:
-        """Let the worker of a model, where there is one, feed prompts of rules that have come since its load."""
-        for key, owner in self._owners.items():
-            if (key.sha256, key.options) == (sha256, options):
-                owner.declare(prompts)
 
     def resize(self, budget_bytes: int) -> None:
         """Take a new memory budget."""
@@ -20631,7 +20540,6 @@ class Daemon:
         self._targets: dict[tuple[tuple[int, str, int], str], Target] = {}
         self._listings: tuple[Listing, ...] | None = None
         self._integrity: Mapping[str, Integrity] | None = None
-        self._declared: dict[str, set[Prompts]] = {}  # sha256 -> prompts that its worker has been told of
         self._changed = asyncio.Event()
         self._telling, self._told = cast("asyncio.TimerHandle | None", None), ""
         self._stop = asyncio.Event()
@@ -20674,7 +20582,6 @@ class Daemon:
                 options=options,
                 lora_paths=[(one.path, lora.scale) for one, lora in zip(adapters, options.lora, strict=True)],
                 weights=[part for one in (file, *adapters) for part in one.weights],
-                declared=self._declared_prompts(file, options),
                 cache_bytes=self.settings.prompt_cache_bytes,
             )
             info = self.index.info(sha256) or ModelInfo()
@@ -20691,20 +20598,6 @@ class Daemon:
         if not files:
             raise AdapterMissing(rule=rule.name, sha=lora.sha)
         return files[0]
-
-    def _declared_prompts(self, file: FileEntry, options: LoadOptions) -> list[Prompts]:
-        """Return the prompts that rules declare for one worker."""
-        found: dict[Prompts, None] = {}
-        for rule in self.table.rules:
-            prompts = rule.prompts
-            declares = prompts.chat_prompt or prompts.chat_template or prompts.completion_prompt
-            if (
-                declares
-                and self._load_options(rule) == options
-                and any(file in self.inventory.find(sha) for sha in rule.shas)
-            ):
-                found[prompts] = None
-        return list(found)
 
     def status(self) -> DaemonStatus:
         """Return what `localaid status` shows."""
@@ -20825,7 +20718,6 @@ class Daemon:
         self._listings = self._integrity = None
         self._targets.clear()
         self.index.want_sha1(wants_sha1(table))
-        self._declare_new()
         self._check_folders()  # what has gone may have gone with its folder, which nobody meant
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
@@ -20836,18 +20728,6 @@ class Daemon:
         named = any(aliases_file_of(one) == file for one in self.inventory.files if one.alias_names)
         configs = self._layers.set
         return named or any(configs.kept(key) for key in configs.files if key[1] == file)
-
-    def _declare_new(self) -> None:
-        """Tell the workers in memory of prompts that rules have come to declare."""
-        for worker in self.supervisor.status().workers:
-            entry = next(iter(self.inventory.find(f"sha256:{worker.sha256}")), None)
-            if entry is None or worker.sha256 not in self.supervisor.loaded:
-                continue
-            known = self._declared.setdefault(worker.sha256, set())
-            prompts = [one for one in self._declared_prompts(entry, worker.options) if one not in known]
-            if prompts:
-                known.update(prompts)
-                self.supervisor.declare(worker.sha256, worker.options, prompts)
 
     def reload_settings(self) -> None:
         """Take the settings file anew (SIGHUP); what is broken changes nothing."""

@@ -71,8 +71,6 @@ class ScriptedWorker:
                 if not self.stubborn:
                     self.release("stopped")
                     sys.exit(0)
-            case localaid.Declare():
-                self.log.append("declare")
 
     def load(self, message: localaid.LoadModel) -> None:
         """Load as the file says."""

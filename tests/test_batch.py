@@ -156,7 +156,6 @@ PROMPTS = st.builds(
 EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("add"), PROMPTS, st.integers(1, 60)),
-        st.tuples(st.just("declare"), PROMPTS, st.just(0)),
         st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0)),
         st.tuples(st.just("step"), st.integers(1, 40), st.just(0)),
         st.tuples(st.just("preempt"), st.just(0), st.just(0)),
@@ -173,7 +172,7 @@ EVENTS = st.lists(
     parked=st.sampled_from([0, 300, 4000]),
     attend_cost=st.sampled_from([0.0, 1.0]),
 )
-def test_every_answer_is_the_one_it_would_be_alone(  # noqa: C901 - one branch for each kind of event
+def test_every_answer_is_the_one_it_would_be_alone(
     kind: MemoryKind, events: list[Event], cells: int, parked: int, attend_cost: float
 ) -> None:
     """Whatever comes, goes, is cancelled, preempted, parked and restored: nobody's tokens change, nobody is lost."""
@@ -184,10 +183,9 @@ def test_every_answer_is_the_one_it_would_be_alone(  # noqa: C901 - one branch f
     cancelled = set()
     for what, value, count in events:
         match what:
-            case "add" | "declare" if isinstance(value, list):
-                sequence = BatchSequence(list(value), len(value), declared=what == "declare")
-                if what == "add":
-                    wanted[sequence], prompts[sequence] = count, value
+            case "add" if isinstance(value, list):
+                sequence = BatchSequence(list(value), len(value))
+                wanted[sequence], prompts[sequence] = count, value
                 batch.add(sequence)
             case "cancel" if wanted and isinstance(value, int):
                 sequence = list(wanted)[value % len(wanted)]
@@ -248,25 +246,6 @@ def test_the_next_turn_of_a_chat_feeds_only_what_is_new(kind: MemoryKind) -> Non
     finish_all(batch, memory, {second: 1})
     assert second.n_cached == 59
     assert memory.decoded_tokens - before == 5
-
-
-@pytest.mark.parametrize("kind", ["attention", "window", "recurrent"])
-def test_what_a_rule_declares_is_there_before_anybody_asks(kind: MemoryKind) -> None:
-    """A declared prompt is fed and parked; it stays when the cache is full of other chats."""
-    memory = SimulatedMemory(capacity(kind, parked_bytes=200))
-    batch = Batch(memory.capacity)
-    batch.add(BatchSequence([7] * 100, 100, declared=True))
-    finish_all(batch, memory, {})
-    assert memory.decoded_tokens == 100
-    for i in range(5):
-        other = BatchSequence([40 + i] * 80, 80)
-        batch.add(other)
-        finish_all(batch, memory, {other: 1})
-    late = BatchSequence([7] * 100 + [1, 2], 102)
-    batch.add(late)
-    finish_all(batch, memory, {late: 1})
-    assert late.n_cached == 100
-    assert batch.parked_bytes <= 200
 
 
 @pytest.mark.parametrize("kind", ["window", "recurrent"])

@@ -30,7 +30,6 @@ from localaid import (
     parse_gguf,
     render_chat,
     render_completion,
-    render_declared,
     write_calls,
 )
 
@@ -313,61 +312,6 @@ def test_completion_template_has_a_users_message_too() -> None:
     """A template for completions may be one for chats."""
     prompts = Prompts(completion_template=CHATML)
     assert render_completion("Hi", prompts).text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-
-
-# -- Declared prompts --
-
-chats = st.lists(
-    st.builds(ChatMessage, role=st.sampled_from(["system", "user", "assistant"]), content=st.text(max_size=10)),
-    min_size=1,
-    max_size=4,
-)
-
-
-@given(chats)
-def test_declared_plain_prompts_begin_every_chat(chat: list[ChatMessage]) -> None:
-    """What plain fields declare is the beginning of every chat of the rule."""
-    for prompts in (PLAIN, Prompts(chat_prompt="P"), Prompts(chat_prompt="P", chat_assistant="AI:")):
-        declared = render_declared(prompts, model_template=None)
-        assert declared is not None
-        assert prompts.chat_prompt in declared.text  # type: ignore[operator]
-        assert render_chat(chat, prompts, model_template=None).text.startswith(declared.text)
-
-
-@given(st.text(), chats)
-def test_declared_templates_begin_every_chat_that_the_user_opens(question: str, more: list[ChatMessage]) -> None:
-    """What a template says before the first message of a user is known before any request."""
-    chat = [ChatMessage(role="user", content=question), *more]
-    long = "{{ bos_token }}You are a helpful robot.\n" + CHATML
-    for prompts, model_template, expected in (
-        (Prompts(chat_template=long), None, "<s>You are a helpful robot.\n<|im_start|>user\n"),
-        (Prompts(chat_prompt="P"), CHATML, "<|im_start|>system\nP<|im_end|>\n<|im_start|>user\n"),
-    ):
-        declared = render_declared(prompts, model_template=model_template, bos="<s>")
-        prompt = render_chat(chat, prompts, model_template=model_template, bos="<s>")
-        assert declared is not None
-        assert declared.text == expected
-        assert prompt.text.startswith(expected)
-        assert (declared.add_bos, declared.parse_special) == (prompt.add_bos, prompt.parse_special)
-
-
-@given(st.text())
-def test_declared_completions_begin_every_text(text: str) -> None:
-    """The same holds for completions."""
-    for prompts in (Prompts(completion_prompt="Complete:"), Prompts(completion_template="Complete:\n{{ prompt }}")):
-        declared = render_declared(prompts, model_template=None, kind="completion")
-        assert declared is not None
-        assert declared.text == "Complete:\n"
-        assert render_completion(text, prompts).text.startswith(declared.text)
-
-
-@pytest.mark.parametrize("kind", ["chat", "completion"])
-def test_rules_that_declare_nothing(kind: str) -> None:
-    """Markers alone, an empty template or the other kind's prompt are nothing to feed."""
-    other = {"chat": Prompts(completion_prompt="P"), "completion": Prompts(chat_prompt="P")}[kind]
-    empty = Prompts(chat_template="{{ messages[0].content }}", completion_template="{{ prompt }}")
-    for prompts in (Prompts(), Prompts(chat_user="U:"), other, empty):
-        assert render_declared(prompts, model_template=CHATML, kind=kind) is None  # type: ignore[arg-type]
 
 
 # -- Hostile templates --

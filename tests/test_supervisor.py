@@ -228,15 +228,6 @@ async def test_together_in_one_write(bench: Bench) -> None:
     assert [await read(request) for request in requests] == ["0 ", "0 1 ", "0 1 2 "]
 
 
-async def test_declared_prompts_reach_a_loaded_worker(bench: Bench) -> None:
-    """And without a worker they are nobody's concern."""
-    target = bench.target()
-    bench.supervisor.declare(target.sha256, target.load.options, [])
-    await read(bench.ask(target, "say 1"))
-    bench.supervisor.declare(target.sha256, target.load.options, [])
-    assert await read(bench.ask(target, "log")) == "say 1|declare|log"
-
-
 # -- the queue --
 
 

@@ -27,7 +27,6 @@ from localaid import (
     Cancel,
     ChatMessage,
     ChatPrompt,
-    Declare,
     Delta,
     Detokenize,
     Embed,
@@ -127,9 +126,9 @@ class WorkerEnd:
         """Return what a sequence has said."""
         return "".join(delta.text for delta in self.deltas[request] if delta.index == index)
 
-    def load(self, path: Path, options: LoadOptions = OPTIONS, declared: list[Prompts] | None = None) -> Loaded:
+    def load(self, path: Path, options: LoadOptions = OPTIONS) -> Loaded:
         """Load a model; return what it turned out to be."""
-        self.send(LoadModel(path=str(path), options=options, declared=declared or [], cache_bytes=1 << 28))
+        self.send(LoadModel(path=str(path), options=options, cache_bytes=1 << 28))
         while isinstance(message := self.next(), Loading):
             assert 0 <= message.progress <= 1
         assert isinstance(message, Loaded)
@@ -430,20 +429,6 @@ def test_a_cancelled_request_leaves_the_batch_at_the_next_step(shared: WorkerEnd
     shared.until(lambda: shared.finished(last))
 
 
-def test_what_rules_declare_is_fed_at_load_and_later(smollm2: Path) -> None:
-    """The first request finds its rule's prompt in the cache, whether the rule was there at load or came after."""
-    early, late = Prompts(chat_prompt=SYSTEM + "Early."), Prompts(chat_prompt=SYSTEM[::-1] + "Late.")
-    with start() as end:
-        end.load(smollm2, declared=[early])
-        for prompts in (early, late):
-            if prompts is late:
-                end.send(Declare(prompts=[late]))
-            request = ask(end, chat("Hello?", prompts))
-            end.until(lambda request=request: end.finished(request))  # type: ignore[misc]
-            accepted = end.accepted[request]
-            assert accepted.cached_tokens > 0.7 * accepted.prompt_tokens
-
-
 def test_a_broken_file_is_reported_and_the_worker_ends(tmp_path: Path) -> None:
     """`LoadFailed` has llama.cpp's reason."""
     file = tmp_path / "broken.gguf"
@@ -581,8 +566,7 @@ def test_cancelled_embedding_ends_between_two_decodes(shared: WorkerEnd) -> None
 def test_encoder_embeds_and_does_not_write(minilm: Path) -> None:
     """A model without a generating context serves embeddings, and refuses what it cannot do; it stops in order."""
     with start() as end:
-        declared = [Prompts(completion_prompt="Complete this, please. " * 9)]
-        assert end.load(minilm, LoadOptions(threads=2), declared).ctx_size == 512
+        assert end.load(minilm, LoadOptions(threads=2)).ctx_size == 512
         end.send(Submit(id=1, prompt=TextPrompt(text="a")), Embed(id=2, inputs=["a", "b"]), Stop())
         end.until(lambda: 1 in end.rejected)
         rejected = end.rejected[1]
