@@ -10038,49 +10038,26 @@ class Capacity:
     score_tokens: int = 64  # of a prompt in one decode, where the logits of all are wanted
 
 
-class CopyCells(NamedTuple):
-    """Let `target` share the cells [0, end) of `source`; `whole`: all of them, for memory that cannot be cut."""
+class Memory(Protocol):
+    """Where the tokens' cells are: the engine's, or one of a test.  Each call is done when it returns."""
 
-    source: int
-    target: int
-    end: int
-    whole: bool
+    def copy_cells(self, source: int, target: int, end: int, *, whole: bool) -> None:
+        """Let `target` share the cells [0, end) of `source`; `whole`: all of them, for memory that cannot be cut."""
 
+    def drop_cells(self, seq_id: int) -> None:
+        """Free the cells of `seq_id` that nobody else shares."""
 
-class DropCells(NamedTuple):
-    """Forget `seq_id` from position `start` on."""
+    def park_cells(self, seq_id: int, segment: int, start: int, end: int, *, whole: bool) -> int:
+        """Save the cells [start, end) of `seq_id` to host memory as `segment`; return its bytes, 0: it failed."""
 
-    seq_id: int
-    start: int
+    def restore_cells(self, segment: int, target: int, start: int, end: int, *, whole: bool) -> bool:
+        """Bring [start, end) of a parked segment back as cells of `target`; `whole`: all of it, cut at `end` after.
 
+        False: there is no room for it.
+        """
 
-class ParkCells(NamedTuple):
-    """Save the cells [start, end) of `seq_id` to host memory as `segment`."""
-
-    seq_id: int
-    segment: int
-    start: int
-    end: int
-    whole: bool
-
-
-class RestoreCells(NamedTuple):
-    """Bring [start, end) of a parked segment back as cells of `target`; `whole`: all of it, cut at `end` after."""
-
-    segment: int
-    target: int
-    start: int
-    end: int
-    whole: bool
-
-
-class ForgetSegment(NamedTuple):
-    """Free a parked segment's host memory."""
-
-    segment: int
-
-
-MemoryOp = CopyCells | DropCells | ParkCells | RestoreCells | ForgetSegment
+    def forget_segment(self, segment: int) -> None:
+        """Free a parked segment's host memory."""
 
 
 @dataclass(slots=True, eq=False)
@@ -10222,7 +10199,6 @@ def _split_node(node: TreeNode, at: int) -> TreeNode:
 class Plan:
     """One step: first the memory operations, in order, then one decode of these tokens."""
 
-    ops: list[MemoryOp] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     seq_ids: list[int] = field(default_factory=list)
@@ -10239,9 +10215,10 @@ class Plan:
 class Batch:
     """All sequences of one worker: waiting, running, and what finished ones left behind."""
 
-    def __init__(self, capacity: Capacity) -> None:
+    def __init__(self, capacity: Capacity, memory: Memory) -> None:
         """Start empty, for memory of this capacity."""
         self.capacity = capacity
+        self._memory = memory
         self.cuttable = capacity.kind == "attention"
         self.waiting: deque[BatchSequence] = deque()
         self.running: list[BatchSequence] = []  # oldest first; followers too
@@ -10296,39 +10273,17 @@ class Batch:
         elif plan.rows and not plan.prompt_tokens:
             self.row_s = _blend(self.row_s, elapsed_s / len(plan.rows))
 
-    def note_parked(self, segment_id: int, size_bytes: int) -> None:
-        """Take the true size of a parked segment; 0: it could not be saved, so nobody must rely on it."""
-        segment = self.segments.get(segment_id)
-        if segment is None:
-            return
-        if size_bytes == 0:
-            self._forget(segment)
-            return
-        self.parked_bytes += size_bytes - segment.size_bytes
-        segment.size_bytes = size_bytes
-
-    def lose(self, seq_ids: list[int]) -> list[MemoryOp]:
-        """Sequences whose prefix could not be brought back begin without one."""
-        ops: list[MemoryOp] = []
-        for sequence in self.running:
-            if sequence.seq_id in seq_ids:
-                self.used_cells -= sequence.n_fed - sequence.own_start
-                sequence.n_fed = 0
-                sequence.n_cached = 0
-                ops.append(DropCells(sequence.seq_id, 0))
-        return ops
-
     # -- the plan --
 
     def plan(self) -> Plan:
-        """Return the next step.  Its memory operations count as done: it must be carried out and committed."""
+        """Return the next step, which must be carried out and committed; the memory is as it needs it."""
         plan = Plan()
         if not self.cuttable:
-            self._save_forks(plan.ops)
-        self._wake_followers(plan.ops)
-        self._admit(plan.ops)
-        self._park_resting(plan.ops)
-        self._make_room(plan.ops)
+            self._save_forks()
+        self._wake_followers()
+        self._admit()
+        self._park_resting()
+        self._make_room()
         generating, feeding = self._split_running()
         room = self._prompt_room(generating)
         in_two = bool(generating and feeding) and self._pays_in_two(generating, feeding, room)
@@ -10379,19 +10334,18 @@ class Batch:
         twice_s = len(generating) * (self.row_s * (1 - self.capacity.logits_share) - self.feed_token_s)
         return wasted_s - twice_s > MIN_GAIN * prompt_tokens * self.feed_token_s
 
-    def preempt_youngest(self) -> list[MemoryOp] | None:
-        """Put the youngest sequence back into the queue, its cells into host memory; None: there is but one."""
+    def preempt_youngest(self) -> bool:
+        """Put the youngest sequence back into the queue, its cells into host memory; False: there is but one."""
         candidates = [sequence for sequence in self.running if sequence.phase == "running"]
         if len(candidates) < 2:  # noqa: PLR2004 - the last one must be able to finish
-            return None
+            return False
         sequence = candidates[-1]
         self.running.remove(sequence)
-        ops: list[MemoryOp] = []
-        self._park(sequence, ops, limit_bytes=None)
+        self._park(sequence, limit_bytes=None)
         sequence.phase = "waiting"
         sequence.n_fed = 0
         self.waiting.appendleft(sequence)
-        return ops
+        return True
 
     def _plan_prompts(self, plan: Plan, feeding: list[BatchSequence], room: int) -> None:
         """Share a step's room for prompts between them: the oldest gets half, the shortest the rest."""
@@ -10424,17 +10378,16 @@ class Batch:
 
     # -- who joins --
 
-    def _save_forks(self, ops: list[MemoryOp]) -> None:
+    def _save_forks(self) -> None:
         """Park memory that cannot be cut where prompts are known to branch off: only there it serves the next one."""
         for sequence in self.running:
             if sequence.n_fed in sequence.stops:
                 sequence.stops.remove(sequence.n_fed)
                 _, known = self._parked_prefix(sequence)
                 if known < sequence.n_fed and self.capacity.parked_bytes > 0:
-                    self._add_segment(sequence, None, 0, sequence.n_fed)
-                    ops.append(ParkCells(sequence.seq_id, self._next_segment - 1, 0, sequence.n_fed, whole=True))
+                    self._save_segment(sequence, None, 0, sequence.n_fed)
 
-    def _wake_followers(self, ops: list[MemoryOp]) -> None:
+    def _wake_followers(self) -> None:
         """Start the followers whose leader has got there, or is no more."""
         for sequence in self.running:
             leader = sequence.leader
@@ -10442,9 +10395,9 @@ class Batch:
                 continue
             leads = leader.phase in ("running", "following")
             if not leads or leader.n_fed >= sequence.boundary:
-                self._begin(sequence, ops, may_follow=not leads)
+                self._begin(sequence, may_follow=not leads)
 
-    def _admit(self, ops: list[MemoryOp]) -> None:
+    def _admit(self) -> None:
         """Let waiting sequences join, first come first served, while there is a place and memory for them."""
         while self.waiting and len(self.running) < self.capacity.parallel:
             sequence = self.waiting[0]
@@ -10453,11 +10406,11 @@ class Batch:
             if not self._free_ids:
                 if not self.resting:
                     return
-                self._park(self.resting.popleft(), ops, limit_bytes=None)
+                self._park(self.resting.popleft(), limit_bytes=None)
             self.waiting.popleft()
             sequence.seq_id = self._free_ids.pop()
             self.running.append(sequence)
-            self._begin(sequence, ops, may_follow=True)
+            self._begin(sequence, may_follow=True)
 
     def _fits(self, sequence: BatchSequence) -> bool:
         """Whether the memory has cells for a prompt besides what the running ones will need soon."""
@@ -10472,7 +10425,7 @@ class Batch:
         need = len(sequence.tokens) - shared
         return self.used_cells + promised + need + headroom <= self.capacity.cells
 
-    def _begin(self, sequence: BatchSequence, ops: list[MemoryOp], *, may_follow: bool) -> None:
+    def _begin(self, sequence: BatchSequence, *, may_follow: bool) -> None:
         """Give a sequence its longest known prefix, or let it wait for the one who computes a longer one."""
         limit = len(sequence.tokens) - 1  # the last token is fed, for its logits
         path = [] if sequence.scored else self._tree.find(sequence.tokens, limit)
@@ -10489,10 +10442,10 @@ class Batch:
         sequence.phase = "running"
         match best:
             case BatchSequence():
-                self._share(best, sequence, length, ops)
-            case Segment():
-                self._restore(best, sequence, length, ops)
-            case None:
+                self._share(best, sequence, length)
+            case Segment() if self._restore(best, sequence, length):
+                pass
+            case _:
                 length = 0
         sequence.n_fed = length
         if not self.cuttable and path and path[-1][1] - length >= SHARE_MIN_TOKENS:
@@ -10550,10 +10503,10 @@ class Batch:
 
     # -- cells --
 
-    def _share(self, source: BatchSequence, target: BatchSequence, length: int, ops: list[MemoryOp]) -> None:
+    def _share(self, source: BatchSequence, target: BatchSequence, length: int) -> None:
         """Let `target` use the first `length` cells of `source`."""
         whole = self.capacity.kind == "recurrent"
-        ops.append(CopyCells(source.seq_id, target.seq_id, length, whole))
+        self._memory.copy_cells(source.seq_id, target.seq_id, length, whole=whole)
         target.pos_min = source.pos_min
         target.own_start = length
         if length >= source.own_start:  # cut the source's own run
@@ -10592,8 +10545,8 @@ class Batch:
         sequence.leader = None
         sequence.phase = "gone"
 
-    def _restore(self, segment: Segment, target: BatchSequence, length: int, ops: list[MemoryOp]) -> None:
-        """Bring a parked prefix back: its chain of segments from the first on."""
+    def _restore(self, segment: Segment, target: BatchSequence, length: int) -> bool:
+        """Bring a parked prefix back: its chain of segments from the first on.  False: there is no room for it."""
         chain: list[tuple[Segment, int]] = []
         at: Segment | None = segment
         end = length
@@ -10603,22 +10556,22 @@ class Batch:
                 chain.append((at, end))
                 end = at.start
             at = at.parent
-        ops.extend(
-            RestoreCells(part.id, target.seq_id, part.start, part_end, not self.cuttable)
-            for part, part_end in reversed(chain)
-        )
+        for part, part_end in reversed(chain):
+            if not self._memory.restore_cells(part.id, target.seq_id, part.start, part_end, whole=not self.cuttable):
+                self._memory.drop_cells(target.seq_id)
+                return False
         target.pos_min = segment.pos_min
         self.used_cells += length
+        return True
 
-    def _park_resting(self, ops: list[MemoryOp]) -> None:
+    def _park_resting(self) -> None:
         """Park finished sequences, a bounded number of bytes a step; then keep the parked ones within their limit."""
         limit = PARK_STEP_BYTES
         while self.resting and limit > 0:
             sequence = self.resting[0]
-            before = len(ops)
-            done = self._park(sequence, ops, limit_bytes=limit if self.cuttable else None)
-            parked = sum(op.end - op.start for op in ops[before:] if isinstance(op, ParkCells))
-            limit -= parked * self.capacity.cell_bytes
+            before = self.parked_bytes
+            done = self._park(sequence, limit_bytes=limit if self.cuttable else None)
+            limit -= self.parked_bytes - before
             if not done:
                 break
             self.resting.popleft()
@@ -10627,9 +10580,9 @@ class Batch:
             if oldest is None:
                 break
             self._forget(oldest)
-            ops.append(ForgetSegment(oldest.id))
+            self._memory.forget_segment(oldest.id)
 
-    def _park(self, sequence: BatchSequence, ops: list[MemoryOp], *, limit_bytes: int | None) -> bool:
+    def _park(self, sequence: BatchSequence, *, limit_bytes: int | None) -> bool:
         """Save what is not yet known of a sequence's memory and free its cells; False: more to do in a later step."""
         parent, start = self._parked_prefix(sequence)
         end = sequence.n_fed
@@ -10639,11 +10592,9 @@ class Batch:
                 end = min(end, start + max(1024, limit_bytes // self.capacity.cell_bytes))
             if not self.cuttable:
                 parent, start = None, 0
-            self._add_segment(sequence, parent, start, end)
-            ops.append(ParkCells(sequence.seq_id, self._next_segment - 1, start, end, not self.cuttable))
-            if end < sequence.n_fed:
+            if self._save_segment(sequence, parent, start, end) and end < sequence.n_fed:
                 return False
-        ops.append(DropCells(sequence.seq_id, 0))
+        self._memory.drop_cells(sequence.seq_id)
         self._release(sequence)
         return True
 
@@ -10656,13 +10607,16 @@ class Batch:
                     return holder, length
         return None, 0
 
-    def _add_segment(self, sequence: BatchSequence, parent: Segment | None, start: int, end: int) -> None:
-        """Enter a segment into the table and the tree."""
-        size_bytes = (end - start) * self.capacity.cell_bytes
+    def _save_segment(self, sequence: BatchSequence, parent: Segment | None, start: int, end: int) -> bool:
+        """Save cells and enter them into the table and the tree as a segment; False: they could not be saved."""
+        number, whole = self._next_segment, not self.cuttable
+        size_bytes = self._memory.park_cells(sequence.seq_id, number, start, end, whole=whole)
+        if not size_bytes:
+            return False
         path, pos_min = sequence.tokens[:end], sequence.pos_min
         if self.capacity.kind == "window":  # what is behind the window may linger in the cache, but is not saved
             pos_min = max(pos_min, end - self.capacity.window)
-        segment = Segment(self._next_segment, path, start, end, pos_min, parent, size_bytes)
+        segment = Segment(number, path, start, end, pos_min, parent, size_bytes)
         self._next_segment += 1
         self._tree.add(segment, segment.tokens, start, end)
         self.segments[segment.id] = segment
@@ -10672,6 +10626,7 @@ class Batch:
         while parent is not None:
             self.segments.move_to_end(parent.id)
             parent = parent.parent
+        return True
 
     def _forget(self, segment: Segment) -> None:
         """Take a segment out of the table and the tree."""
@@ -10681,16 +10636,14 @@ class Batch:
             segment.parent.children -= 1
         self._tree.remove(segment)
 
-    def _make_room(self, ops: list[MemoryOp]) -> None:
+    def _make_room(self) -> None:
         """Put the youngest back into the queue while the next tokens of all would not fit into the cells."""
         while self.used_cells + len(self.running) > self.capacity.cells:
             if self.resting:
-                self._park(self.resting.popleft(), ops, limit_bytes=None)
+                self._park(self.resting.popleft(), limit_bytes=None)
                 continue
-            more = self.preempt_youngest()
-            if more is None:
+            if not self.preempt_youngest():
                 return
-            ops.extend(more)
 
 
 def _blend(known: float, measured: float) -> float:
@@ -12158,62 +12111,56 @@ class Engine:
 
     # -- one step --
 
-    def run_ops(self, ops: list[MemoryOp]) -> tuple[list[tuple[int, int]], list[int]]:
-        """Carry out memory operations; return (segment, bytes) of those parked, and ids that could not be restored."""
-        llama, memory = self._llama, self._memory
-        parked: list[tuple[int, int]] = []
-        lost: list[int] = []
-        if self._runs is not None and any(isinstance(op, DropCells | RestoreCells) for op in ops):
-            self._runs.release()
-        for op in ops:
-            match op:
-                case CopyCells(source, target, end, whole):
-                    llama.llama_memory_seq_cp(memory, source, target, -1, -1 if whole else end)
-                case DropCells(seq_id, start):
-                    llama.llama_memory_seq_rm(memory, seq_id, start, -1)
-                case ParkCells():
-                    parked.append((op.segment, self._park(op)))
-                case RestoreCells():
-                    if not self._restore(op):
-                        lost.append(op.target)
-                case ForgetSegment(segment):
-                    self._segments.pop(segment, None)
-        return parked, lost
+    # -- `Memory` of section 8 --
 
-    def _park(self, op: ParkCells) -> int:
+    def copy_cells(self, source: int, target: int, end: int, *, whole: bool) -> None:
+        """Let `target` share the cells [0, end) of `source`."""
+        self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1 if whole else end)
+
+    def drop_cells(self, seq_id: int) -> None:
+        """Free the cells of `seq_id` that nobody else shares."""
+        if self._runs is not None:
+            self._runs.release()
+        self._llama.llama_memory_seq_rm(self._memory, seq_id, -1, -1)
+
+    def park_cells(self, seq_id: int, segment: int, start: int, end: int, *, whole: bool) -> int:
         """Save cells to host memory; return the bytes, 0 where that failed."""
         llama, context = self._llama, self._context
-        seq_id = op.seq_id
-        if not op.whole:
-            seq_id = self._scratch
-            llama.llama_memory_seq_cp(self._memory, op.seq_id, seq_id, op.start, op.end)
-        size = llama.llama_state_seq_get_size(context, seq_id)
+        source = seq_id
+        if not whole:
+            source = self._scratch
+            llama.llama_memory_seq_cp(self._memory, seq_id, source, start, end)
+        size = llama.llama_state_seq_get_size(context, source)
         state = self._np.empty(size, self._np.uint8)
         pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
-        written: int = llama.llama_state_seq_get_data(context, pointer, size, seq_id)
-        if not op.whole:
-            llama.llama_memory_seq_rm(self._memory, seq_id, -1, -1)
+        written: int = llama.llama_state_seq_get_data(context, pointer, size, source)
+        if not whole:
+            llama.llama_memory_seq_rm(self._memory, source, -1, -1)
         if written:
-            self._segments[op.segment] = (state, op.end)
+            self._segments[segment] = (state, end)
         return written
 
-    def _restore(self, op: RestoreCells) -> bool:
-        """Bring parked cells back; False: there was no room, or the segment had never been saved."""
+    def restore_cells(self, segment: int, target: int, start: int, end: int, *, whole: bool) -> bool:
+        """Bring parked cells back; False: there was no room."""
         llama, memory = self._llama, self._memory
-        if op.segment not in self._segments:
-            return False
-        state, end = self._segments[op.segment]
-        seq_id = op.target if op.whole else self._scratch
+        if self._runs is not None:
+            self._runs.release()
+        state, parked_end = self._segments[segment]
+        seq_id = target if whole else self._scratch
         pointer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         if not llama.llama_state_seq_set_data(self._context, pointer, state.nbytes, seq_id):
             llama.llama_memory_seq_rm(memory, seq_id, -1, -1)
             return False
-        if not op.whole:
-            llama.llama_memory_seq_cp(memory, seq_id, op.target, op.start, op.end)
+        if not whole:
+            llama.llama_memory_seq_cp(memory, seq_id, target, start, end)
             llama.llama_memory_seq_rm(memory, seq_id, -1, -1)
-        elif op.end < end:
-            llama.llama_memory_seq_rm(memory, seq_id, op.end, -1)
+        elif end < parked_end:
+            llama.llama_memory_seq_rm(memory, seq_id, end, -1)
         return True
+
+    def forget_segment(self, segment: int) -> None:
+        """Free a parked segment's host memory."""
+        del self._segments[segment]
 
     def decode(self, plan: Plan) -> bool:
         """Run one batch; False: the memory has no room for it, nothing has changed.  Raises `EngineFailed`."""
@@ -13460,7 +13407,7 @@ class Worker:
         except LocalaidError as error:
             self._send(LoadFailed(reason=str(error)))
             return 1
-        self._batch = Batch(self._engine.capacity)
+        self._batch = Batch(self._engine.capacity, self._engine)
         self._chat_template = self._engine.chat_template
         self._bos_text, self._eos_text = self._engine.bos_text, self._engine.eos_text
         self._send_loaded()
@@ -13764,8 +13711,6 @@ class Worker:
         started = time.perf_counter()
         engine, batch = self._engine, self._batch
         plan = batch.plan()
-        if plan.ops and not self._run_ops(plan.ops):
-            return  # a lost prefix is fed again by the next plan
         if not plan.tokens:
             return
         if not engine.decode(plan):
@@ -13810,21 +13755,10 @@ class Worker:
                 self._add_logprob(session, sequence.tokens[place], *scores)
                 session.n_scored += 1
 
-    def _run_ops(self, ops: list[MemoryOp]) -> bool:
-        """Carry out memory operations and tell the batch the outcome; False: some prefix was lost."""
-        parked, lost = self._engine.run_ops(ops)
-        for segment, size_bytes in parked:
-            self._batch.note_parked(segment, size_bytes)
-        if lost:
-            self._engine.run_ops(self._batch.lose(lost))
-        return not lost
-
     def _relieve(self) -> None:
         """Make room where llama.cpp found none: the youngest sequence goes back to the queue."""
-        ops = self._batch.preempt_youngest()
-        if ops is None:
+        if not self._batch.preempt_youngest():
             raise EngineFailed(file="", reason="the KV cache has no room for a single sequence; raise ctx_size")
-        self._run_ops(ops)
 
     @staticmethod
     def _read(session: Session, piece: bytes, *, is_end: bool) -> tuple[str, Finish | None]:
@@ -17221,7 +17155,7 @@ class Kernels:
         build = self._name_build()
         try:
             known = msgspec.json.decode(file.read_bytes(), type=KernelFaults)
-        except (OSError, ValueError):  # not there, or damaged: it is found out again
+        except (OSError, ValueError, RecursionError):  # not there, or damaged: it is found out again
             known = KernelFaults()
         if known.build != build:
             known = KernelFaults(build=build, all=find_kernel_fault())

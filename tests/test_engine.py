@@ -17,7 +17,6 @@ from localaid import (
     RUN_CELLS,
     Batch,
     BatchSequence,
-    DropCells,
     Engine,
     EngineFailed,
     LoadModel,
@@ -70,15 +69,6 @@ def smol(smollm2: Path) -> Iterator[Engine]:
     loaded.close()
 
 
-def run_ops(engine: Engine, batch: Batch, plan: Plan) -> None:
-    """Carry out a plan's memory operations, as the worker does."""
-    parked, lost = engine.run_ops(plan.ops)
-    assert not lost
-    for segment, size_bytes in parked:
-        assert size_bytes > 0
-        batch.note_parked(segment, size_bytes)
-
-
 def generate(
     engine: Engine, batch: Batch, prompts: list[list[int]], count: int, sampling: Sampling = GREEDY
 ) -> list[Course]:
@@ -89,7 +79,6 @@ def generate(
         batch.add(sequence)
     while batch.busy:
         plan = batch.plan()
-        run_ops(engine, batch, plan)
         if not plan.tokens:
             continue
         assert engine.decode(plan)
@@ -147,9 +136,9 @@ def feed(engine: Engine, tokens: list[int], chunk: int, start: int = 0) -> NDArr
     for at in range(0, len(tokens), chunk):
         part = tokens[at : at + chunk]
         places = list(range(start + at, start + at + len(part)))
-        assert engine.decode(Plan([], part, places, [0] * len(part), [len(part) - 1]))
+        assert engine.decode(Plan(part, places, [0] * len(part), [len(part) - 1]))
     logprobs = engine.logprobs(0, 1, 0)[0].astype(np.float64)
-    engine.run_ops([DropCells(0, 0)])
+    engine.drop_cells(0)
     return logprobs
 
 
@@ -169,9 +158,9 @@ def test_the_tolerance_is_rounding(engine: Engine) -> None:
 def test_greedy_is_the_same_alone_and_in_a_batch_of_eight(engine: Engine) -> None:
     """What the others do does not change an answer."""
     prompts = prompts_of(engine)
-    together = generate(engine, Batch(engine.capacity), prompts, 24)
+    together = generate(engine, Batch(engine.capacity, engine), prompts, 24)
     for prompt, course in zip(prompts[::3], together[::3], strict=True):
-        (alone,) = generate(engine, Batch(engine.capacity), [prompt], 24)
+        (alone,) = generate(engine, Batch(engine.capacity, engine), [prompt], 24)
         assert_same(alone, course)
 
 
@@ -179,8 +168,8 @@ def test_greedy_is_the_same_on_a_warm_prefix(engine: Engine) -> None:
     """A prompt that is taken up from host memory, cut or whole, gives what it gives when it is computed."""
     first = prompts_of(engine)[7]
     turn = first + prompts_of(engine)[0][:20]
-    (cold,) = generate(engine, Batch(engine.capacity), [turn], 24)
-    batch = Batch(engine.capacity)
+    (cold,) = generate(engine, Batch(engine.capacity, engine), [turn], 24)
+    batch = Batch(engine.capacity, engine)
     generate(engine, batch, [first], 1)
     assert batch.segments
     (warm,) = generate(engine, batch, [turn], 24)
@@ -191,10 +180,10 @@ def test_greedy_is_the_same_for_those_who_share_a_prefix(engine: Engine) -> None
     """Followers that take over a prefix from its leader get what they would compute."""
     base = prompts_of(engine)[5]
     prompts = [base + prompts_of(engine)[i][:12] for i in range(4)]
-    batch = Batch(engine.capacity)
+    batch = Batch(engine.capacity, engine)
     together = generate(engine, batch, prompts, 16)
     for prompt, course in zip(prompts, together, strict=True):
-        (alone,) = generate(engine, Batch(engine.capacity), [prompt], 16)
+        (alone,) = generate(engine, Batch(engine.capacity, engine), [prompt], 16)
         assert_same(alone, course)
 
 
@@ -206,10 +195,10 @@ def test_a_window_that_has_moved_on_is_not_taken_for_a_prefix(gemma: Path) -> No
         long = engine.tokenize("One two three four five six seven. " * 140, add_bos=True, parse_special=False)
         assert len(long) > 2 * engine.capacity.window > 0
         branch = long[: engine.capacity.window // 2] + prompts_of(engine)[0]
-        batch = Batch(engine.capacity)
+        batch = Batch(engine.capacity, engine)
         generate(engine, batch, [long], 2)
         (after,) = generate(engine, batch, [branch], 16)
-        (alone,) = generate(engine, Batch(engine.capacity), [branch], 16)
+        (alone,) = generate(engine, Batch(engine.capacity, engine), [branch], 16)
         assert_same(alone, after)
     finally:
         engine.close()
@@ -220,7 +209,9 @@ def test_the_same_seed_gives_the_same_text(smol: Engine) -> None:
     prompt = prompts_of(smol)[:1]
 
     def tokens(seed: int) -> list[int]:
-        return generate(smol, Batch(smol.capacity), prompt, 24, Sampling(temperature=1.0, top_k=0, seed=seed))[0].tokens
+        return generate(smol, Batch(smol.capacity, smol), prompt, 24, Sampling(temperature=1.0, top_k=0, seed=seed))[
+            0
+        ].tokens
 
     assert tokens(7) == tokens(7)
     assert tokens(7) != tokens(8)
@@ -240,8 +231,8 @@ def test_the_same_seed_gives_the_same_text(smol: Engine) -> None:
 def test_each_sampler_can_narrow_the_choice_to_the_likeliest(smol: Engine, sampling: Sampling) -> None:
     """Each of them, at its narrowest, is greedy."""
     prompt = prompts_of(smol)[1:2]
-    greedy = generate(smol, Batch(smol.capacity), prompt, 12)[0]
-    assert generate(smol, Batch(smol.capacity), prompt, 12, sampling)[0].tokens == greedy.tokens
+    greedy = generate(smol, Batch(smol.capacity, smol), prompt, 12)[0]
+    assert generate(smol, Batch(smol.capacity, smol), prompt, 12, sampling)[0].tokens == greedy.tokens
 
 
 def test_penalties_keep_an_answer_from_repeating_itself(smol: Engine) -> None:
@@ -252,7 +243,7 @@ def test_penalties_keep_an_answer_from_repeating_itself(smol: Engine) -> None:
         Sampling(temperature=0.0, frequency_penalty=200.0, repeat_last_n=-1),
         Sampling(temperature=0.0, repeat_penalty=100.0, repeat_last_n=-1),
     ):
-        tokens = generate(smol, Batch(smol.capacity), [prompt], 20, sampling)[0].tokens
+        tokens = generate(smol, Batch(smol.capacity, smol), [prompt], 20, sampling)[0].tokens
         assert len(set(tokens)) == 20
         assert not set(tokens) & set(prompt)
 
@@ -260,22 +251,22 @@ def test_penalties_keep_an_answer_from_repeating_itself(smol: Engine) -> None:
 def test_a_bias_forbids_or_forces_a_token(smol: Engine) -> None:
     """With and without a sampler chain."""
     prompt = prompts_of(smol)[3:4]
-    first = generate(smol, Batch(smol.capacity), prompt, 1)[0].tokens[0]
+    first = generate(smol, Batch(smol.capacity, smol), prompt, 1)[0].tokens[0]
     forced = first + 1
     for temperature in (0.0, 0.5):
         forbid = Sampling(temperature=temperature, logit_bias={first: -100.0})
-        assert generate(smol, Batch(smol.capacity), prompt, 1, forbid)[0].tokens != [first]
+        assert generate(smol, Batch(smol.capacity, smol), prompt, 1, forbid)[0].tokens != [first]
         force = Sampling(temperature=temperature, logit_bias={forced: 100.0})
-        assert generate(smol, Batch(smol.capacity), prompt, 3, force)[0].tokens == [forced] * 3
+        assert generate(smol, Batch(smol.capacity, smol), prompt, 3, force)[0].tokens == [forced] * 3
 
 
 def test_ignore_eos_goes_on_where_the_model_would_end(smol: Engine) -> None:
     """No token that ends a generation is ever chosen."""
     chat = "<|im_start|>user\nSay hi.<|im_end|>\n<|im_start|>assistant\n"
     prompt = smol.tokenize(chat, add_bos=False, parse_special=True)
-    plain = generate(smol, Batch(smol.capacity), [prompt], 200)[0].tokens
+    plain = generate(smol, Batch(smol.capacity, smol), [prompt], 200)[0].tokens
     assert any(smol.piece(token)[1] for token in plain)
-    on = generate(smol, Batch(smol.capacity), [prompt], 200, Sampling(temperature=0.0, ignore_eos=True))[0].tokens
+    on = generate(smol, Batch(smol.capacity, smol), [prompt], 200, Sampling(temperature=0.0, ignore_eos=True))[0].tokens
     assert not any(smol.piece(token)[1] for token in on)
 
 
@@ -288,7 +279,7 @@ def test_pieces_are_the_bytes_of_the_text(smol: Engine) -> None:
 
 def test_the_logprobs_are_those_of_the_model(smol: Engine) -> None:
     """They add up to one, and the likeliest come first."""
-    batch = Batch(smol.capacity)
+    batch = Batch(smol.capacity, smol)
     prompt = prompts_of(smol)[0]
     sequence = BatchSequence(list(prompt), len(prompt))
     batch.add(sequence)
@@ -299,10 +290,9 @@ def test_the_logprobs_are_those_of_the_model(smol: Engine) -> None:
         assert np.exp(logprobs.astype(np.float64)).sum() == pytest.approx(1.0)
         assert best == np.argsort(-logprobs, kind="stable")[:top].tolist()
     assert smol.sample(plan, [smol.start_sampler(GREEDY, prompt)]) == best[:1]
-    smol.run_ops([])
     batch.commit(plan, best[:1], 0.1)
     batch.finish(sequence)
-    run_ops(smol, batch, batch.plan())
+    batch.plan()
 
 
 def test_what_the_parts_of_a_token_cost(smol: Engine, tiny_mamba: Path) -> None:
@@ -329,13 +319,12 @@ def test_cells_of_who_generates_lie_together(
     caplog.set_level(logging.DEBUG, "localaid.llama.cpp")
     options = LoadOptions(threads=2, ctx_size=256, parallel=3)
     engine = Engine(LoadModel(path=str(smollm2), options=options, cache_bytes=1 << 28), lambda _: None)
-    batch = Batch(engine.capacity)
+    batch = Batch(engine.capacity, engine)
     prompts = prompts_of(engine)
     sampler = engine.start_sampler(Sampling(temperature=0.0, ignore_eos=True), [])
 
     def step() -> None:
         plan = batch.plan()
-        run_ops(engine, batch, plan)
         if plan.tokens:
             caplog.clear()
             assert engine.decode(plan)
@@ -375,7 +364,7 @@ def test_a_full_cache_holds_no_cells_back(smollm2: Path) -> None:
     """Eight sequences that fill the cache to the last cell get all of it."""
     options = LoadOptions(threads=2, ctx_size=256, parallel=8)
     engine = Engine(LoadModel(path=str(smollm2), options=options, cache_bytes=1 << 28), lambda _: None)
-    batch = Batch(engine.capacity)
+    batch = Batch(engine.capacity, engine)
     prompts = [(tokens * 9)[:150] for tokens in prompts_of(engine)]
     assert batch.capacity.cells < 8 * 150 + 8 * 100 + 8 * RUN_CELLS  # at the end there is no room for runs
     courses = generate(engine, batch, prompts, 100)
