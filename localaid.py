@@ -13945,6 +13945,82 @@ def open_regular(path: str, flags: int) -> int:
     raise OSError(errno.EINVAL, "not a regular file", path)
 
 
+def problem_of_file(file: str | Path, error: Exception) -> ConfigProblem:
+    """Return what reading a file has raised, whatever it was, as this file's problem."""
+    if isinstance(error, OSError):
+        problem = explain_unreadable(file, error)
+    elif isinstance(error, RecursionError):
+        problem = "is nested too deeply, or contains itself; make it flatter"
+    elif isinstance(error, MemoryError):
+        problem = "needs more memory than there is; make it smaller"
+    elif isinstance(error, ValueError):  # msgspec's errors, too
+        problem = f"is damaged ({error})"
+    else:
+        problem = f"cannot be read ({type(error).__name__}: {error}); if it is as it should be, please report it"
+    return ConfigProblem(str(file), "", problem)
+
+
+@contextlib.contextmanager
+def reading(file: str | Path) -> Iterator[None]:
+    """Make whatever is raised by reading and parsing a user's file that file's problem.  Raises `ConfigErrors` only."""
+    try:
+        yield
+    except ConfigErrors:
+        raise
+    except Exception as error:  # no content of a file may end who reads it
+        raise ConfigErrors((problem_of_file(file, error),)) from error
+
+
+OwnT = TypeVar("OwnT")
+
+
+def load_own(file: Path, parse: Callable[[bytes], OwnT], remedy: str) -> OwnT | None:
+    """Return what is in a file that localaid wrote for itself; None: it is not there, or damaged, which is told."""
+    try:
+        return parse(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:  # noqa: BLE001 - it only saves work, whatever is in it by now
+        INDEX_LOG.warning("%s; %s", problem_of_file(file, error), remedy)
+        return None
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files of one folder, each of which is complete or as before; they change together.  Raises `OSError`."""
+    token = threading.get_native_id()  # no other thread of this machine writes under it
+    drafts = {file: file.with_name(f".{file.name}.{token}.tmp") for file in contents}
+    try:
+        for file, content in contents.items():
+            drafts[file].unlink(missing_ok=True)
+            _write_new(drafts[file], content)
+        for file, draft in drafts.items():
+            draft.replace(file)
+    except BaseException:  # whatever it was, no draft stays
+        for draft in drafts.values():
+            draft.unlink(missing_ok=True)
+        raise
+    for folder in {file.parent for file in contents}:
+        _sync_folder(folder)
+
+
+def _write_new(file: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a file that must not be there yet, and make it last.  Raises `OSError`."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with open(descriptor, "wb") as opened:  # noqa: PTH123 - of a descriptor
+        opened.write(content)
+        opened.flush()
+        os.fsync(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder last.  Raises `OSError`."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 LEAVING_S: Final = 0.5  # a file that somebody wrote is taken for removed when it has been away for so long
 
 
@@ -14274,27 +14350,19 @@ class DigestCache:
 
     def load(self) -> None:
         """Read the file; one that is damaged is thrown away with a warning, for it only saves work."""
-        if self._file is None:
-            return
-        try:
-            raw = self._file.read_bytes()
-            magic, digest, body = raw[: len(self._MAGIC)], raw[len(self._MAGIC) :][:32], raw[len(self._MAGIC) + 32 :]
-            if magic != self._MAGIC or digest != hashlib.sha256(body).digest():
-                body = b""  # which is no msgpack
-            content = msgspec.msgpack.decode(body, type=_CacheContent)
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError as error:
-            why = explain_unreadable(self._file, error)
-            INDEX_LOG.warning("%s cannot be read, all models are hashed anew: %s", self._file, why)
-            return
-        except ValueError as error:  # msgspec's errors are ValueErrors
-            INDEX_LOG.warning("%s is damaged (%s) and thrown away; all models are hashed anew", self._file, error)
-            return
+        remedy = "it is thrown away, and all models are hashed anew"
+        content = load_own(self._file, self._parse, remedy) if self._file is not None else None
+        content = content or _CacheContent(__version__, [])
         for stamp, known in content.entries:
             # A header is read again by a newer localaid, which may find more in it; digests stay.
             entry = known if content.program == __version__ else Known(known.sha256, known.sha1)
             self._entries[stamp.identity] = (stamp, entry)
+
+    def _parse(self, raw: bytes) -> _CacheContent:
+        magic, digest, body = raw[: len(self._MAGIC)], raw[len(self._MAGIC) :][:32], raw[len(self._MAGIC) + 32 :]
+        if magic != self._MAGIC or digest != hashlib.sha256(body).digest():
+            raise ValueError("not what its SHA says")
+        return msgspec.msgpack.decode(body, type=_CacheContent)
 
     def find(self, stamp: Stamp, *, exact: bool = True) -> Known:
         """Return what is known of a content; without `exact` a new ctime is taken for a move or a change of mode."""
@@ -14321,18 +14389,11 @@ class DigestCache:
         if self._file is None:
             return
         body = msgspec.msgpack.encode(content)
-        draft = self._file.with_suffix(f".{os.getpid()}.tmp")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("wb") as file:
-                file.write(self._MAGIC + hashlib.sha256(body).digest() + body)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(self._file)
+            write_files({self._file: self._MAGIC + hashlib.sha256(body).digest() + body})
         except OSError as error:
             INDEX_LOG.warning("%s cannot be written, the next start hashes anew: %s", self._file, error)
-            with contextlib.suppress(OSError):
-                draft.unlink(missing_ok=True)  # half of it would only take room
 
 
 # -- hashing --
@@ -14446,8 +14507,8 @@ class HashJob:
                 self._hash(buffer, gives_way)
         except FileNotFoundError:
             self.changed = True
-        except OSError as error:
-            self.failure = f"it cannot be read: {explain_unreadable(self.path, error)}"
+        except Exception as error:  # noqa: BLE001 - no content of a file may end who reads it
+            self.failure = f"it cannot be read: {problem_of_file(self.path, error).problem}"
         self.finished = self.finished or self.changed or self.failure is not None or self.cancelled
         if self.finished or not self.hashed_bytes:  # open files are few: those that are being hashed
             self.close()
@@ -14592,31 +14653,30 @@ class ModelIndex:
         self._published_at = (0.0, 0.0)  # when, and how long it took
         self._saving: asyncio.TimerHandle | None = None
         self._saves: set[asyncio.Task[None]] = set()
-        self._task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None  # where it ends, nothing is seen any more
 
-    # What others use: start, stop, inventory, info, progress, want_sha1, subscribe, wait_until.
+    # What others use: start, stop, task, inventory, info, progress, want_sha1, subscribe, wait_until.
 
     async def start(self) -> None:
         """Find the files; return when all are in `inventory`, those that are not in the cache still without a SHA."""
         self._loop = asyncio.get_running_loop()
         await asyncio.to_thread(self._cache.load)
         self._threads = HashThreads(self._hash_threads, self._report)
-        self._task = asyncio.create_task(self._run())
-        self._task.add_done_callback(_log_failure)
+        self.task = asyncio.create_task(self._run(), name="the watch of the models folders")
         found = self._loop.create_future()
         self._waiters.append((lambda _: True, found))
-        await asyncio.wait({self._task, found}, return_when=asyncio.FIRST_COMPLETED)
-        if self._task.done():
-            self._task.result()
+        await asyncio.wait({self.task, found}, return_when=asyncio.FIRST_COMPLETED)
+        if self.task.done():
+            self.task.result()
 
     async def stop(self) -> None:
         """End watching and hashing; write the cache.  Nothing is done where `start` has not come so far."""
-        if self._task is None:
+        if self.task is None:
             return
-        self._task.cancel()
+        self.task.cancel()
         for job in self._jobs.values():
             job.cancelled = True
-        await asyncio.wait({self._task, *self._saves})
+        await asyncio.wait({self.task, *self._saves})
         await asyncio.to_thread(self._threads.stop)
         for timer in (self._publishing, self._saving):
             if timer:
@@ -14876,13 +14936,12 @@ def show_name(path: str) -> str:
 
 def load_aliases(file: str) -> dict[str, tuple[str, str | None]]:
     """Read an aliases.json as `parse_aliases` does; one that is not there has none.  Raises `ConfigErrors`."""
-    try:
-        with open(file, "rb", opener=open_regular) as opened:
-            return parse_aliases(opened.read(), file=file)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        raise ConfigErrors((ConfigProblem(file, "", explain_unreadable(file, error)),)) from error
+    with reading(file):
+        try:
+            with open(file, "rb", opener=open_regular) as opened:
+                return parse_aliases(opened.read(), file=file)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
 
 
 def _stat_files(paths: Iterable[str]) -> dict[str, Stamp | None]:
@@ -14992,11 +15051,6 @@ def parse_manifest(document: bytes, path: str) -> Manifest | None:
     except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
         return None
     return Manifest(f"{match['store']}/blobs/sha256-{wanted[1]}", names)
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()):
-        INDEX_LOG.error("the model folders are no longer watched; restart localaid", exc_info=error)
 
 
 # -- files -> entries (pure) --
@@ -15283,41 +15337,6 @@ def find_below(folder: Path, on_error: Callable[[OSError], object] | None = None
     return sorted(found)
 
 
-def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Write files of one folder, each of which is complete or as before; they change together.  Raises `OSError`."""
-    drafts = {file: file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in contents}
-    try:
-        for file, content in contents.items():
-            drafts[file].unlink(missing_ok=True)
-            _write_new(drafts[file], content)
-        for file, draft in drafts.items():
-            draft.replace(file)
-    except BaseException:  # whatever it was, no draft stays
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)
-        raise
-    for folder in {file.parent for file in contents}:
-        _sync_folder(folder)
-
-
-def _write_new(file: Path, content: bytes, mode: int = 0o666) -> None:
-    """Write a file that must not be there yet, and make it last.  Raises `OSError`."""
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    with open(descriptor, "wb") as opened:  # noqa: PTH123 - of a descriptor
-        opened.write(content)
-        opened.flush()
-        os.fsync(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder last.  Raises `OSError`."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def hold_lock(file: Path) -> Iterator[None]:
     """Keep other processes from updating.  Raises `UpdateBusy`, `OSError`."""
@@ -15370,15 +15389,10 @@ class ChannelStore:
     def load(self) -> StoredSet | None:
         """Return the set in force; None: there is none, or none that can be read."""
         current = self.folder / CURRENT
-        try:
-            document = (current / INDEX_FILE).read_bytes()
-            index = parse_index(document)
-        except FileNotFoundError:
+        loaded = load_own(current / INDEX_FILE, lambda raw: (raw, parse_index(raw)), "the channel is fetched anew")
+        if loaded is None:
             return None
-        except (OSError, ValueError) as error:
-            FETCH_LOG.warning("%s is damaged and will be fetched anew: %s", current, error)
-            return None
-        contents = {}
+        (document, index), contents = loaded, {}
         for file in index.files:
             with contextlib.suppress(OSError):
                 content = (current / file.path).read_bytes()
@@ -15387,10 +15401,8 @@ class ChannelStore:
 
     def load_mark(self) -> Mark:
         """Return what is known of the last answer."""
-        try:
-            return msgspec.json.decode((self.folder / MARK_FILE).read_bytes(), type=Mark)
-        except (OSError, ValueError):  # it only saves work
-            return Mark()
+        parse = functools.partial(msgspec.json.decode, type=Mark)
+        return load_own(self.folder / MARK_FILE, parse, "the channel is asked anew") or Mark()
 
     def save_mark(self, mark: Mark) -> None:
         """Keep what is known of an answer; where that fails the next update asks for more than it needs."""
@@ -15754,17 +15766,17 @@ class Updater:
         self._lock = asyncio.Lock()
         self._wake = asyncio.Event()
         self._watched = [_Watched(state, channel, 0.0) for channel in updates.channels]
-        self._running: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None  # while it runs, channels are asked
 
     def start(self) -> None:
         """Update from now on, beside whatever else runs."""
-        self._running = asyncio.create_task(self.run())
+        self.task = asyncio.create_task(self.run(), name="the updates of default configs")
 
     async def stop(self) -> None:
         """End it; what was begun is as if it had never been."""
-        if self._running is not None:
-            self._running.cancel()
-            await asyncio.wait({self._running})
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.wait({self.task})
 
     @property
     def layer(self) -> Path:
@@ -16920,26 +16932,20 @@ class Puller:
     def save(self, record: PullRecord) -> None:
         """Write how a download stands; of one that is done nothing has to be known."""
         file = self._place_of(record)
-        draft = file.with_suffix(f".{os.getpid()}.tmp")
         try:
             if record.state == "done":
                 file.unlink(missing_ok=True)
                 return
             self._journal.mkdir(parents=True, exist_ok=True)
-            draft.write_bytes(msgspec.json.encode(record))
-            draft.replace(file)
+            write_files({file: msgspec.json.encode(record)})
         except OSError as error:
             PULL_LOG.warning("%s cannot be written, a restart will not go on with it: %s", file, error)
 
     def _load(self) -> list[PullRecord]:
         """Read what the journal has."""
-        records = []
-        for file in sorted(self._journal.glob("*.json")):
-            try:
-                records.append(msgspec.json.decode(file.read_bytes(), type=PullRecord))
-            except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
-                PULL_LOG.warning("%s cannot be read and is passed over: %s", file, error)
-        return records
+        parse = functools.partial(msgspec.json.decode, type=PullRecord)
+        read = (load_own(file, parse, "it is passed over") for file in sorted(self._journal.glob("*.json")))
+        return [record for record in read if record is not None]
 
 
 # == 14b. PUBLISH: a folder of configs becomes a channel ===============================================================
@@ -17153,10 +17159,8 @@ class Kernels:
 
     def _learn(self, file: Path) -> KernelFaults:
         build = self._name_build()
-        try:
-            known = msgspec.json.decode(file.read_bytes(), type=KernelFaults)
-        except (OSError, ValueError, RecursionError):  # not there, or damaged: it is found out again
-            known = KernelFaults()
+        parse = functools.partial(msgspec.json.decode, type=KernelFaults)
+        known = load_own(file, parse, "it is found out again") or KernelFaults()
         if known.build != build:
             known = KernelFaults(build=build, all=find_kernel_fault())
             self._save(file, known)
@@ -18265,14 +18269,12 @@ def load_keyring(settings: Settings, folder: Path, environ: Mapping[str, str]) -
     problems: list[ConfigProblem] = []
     for file in find_key_files(settings, folder, environ):
         try:
-            with file.open("rb") as opened:
+            with reading(file), open(file, "rb", opener=open_regular) as opened:
                 keys = parse_key_file(opened.read(DOCUMENT_LIMIT_BYTES), file=str(file))
             if not keys:
                 problems.append(ConfigProblem(str(file), "", f"has no API key; {_no_keys_remedy(file)}"))
             found += keys
             files |= dict.fromkeys(keys, str(file))
-        except OSError as error:
-            problems.append(ConfigProblem(str(file), "", explain_unreadable(file, error)))
         except ConfigErrors as errors:
             problems += errors.problems
     owners: dict[bytes, ApiKey] = {}
@@ -20311,14 +20313,13 @@ def choose_control_socket(settings: Settings, environ: Mapping[str, str]) -> Pat
 
 def load_settings(file: Path, *, must_exist: bool) -> Settings:
     """Read the settings file; without one, the defaults hold.  Raises `ConfigErrors`."""
-    try:
-        return parse_settings(file.read_bytes(), file=str(file))
-    except FileNotFoundError:
-        if must_exist:
-            raise ConfigErrors((ConfigProblem(str(file), "", "no such file"),)) from None
-        return Settings()
-    except OSError as error:
-        raise ConfigErrors((ConfigProblem(str(file), "", explain_unreadable(file, error)),)) from error
+    with reading(file):
+        try:
+            return parse_settings(file.read_bytes(), file=str(file))
+        except FileNotFoundError:
+            if must_exist:
+                raise ConfigErrors((ConfigProblem(str(file), "", "no such file"),)) from None
+            return Settings()
 
 
 def load_memory_bytes() -> int:
@@ -20383,12 +20384,23 @@ class ConfigLayers:
         for file in sorted(changed - gone):
             layer = self._folders.layer_of(file)
             found[layer, file] = self._read(file, layer)
-        self.set = self.set.put_all(found).settle()
+        self._put(found)
         for file in set(filter(is_json_config, changes.files)) - self._told - self._templates:
             self._told.add(file)
             if self._folders.layer_of(file) == "user":
                 DAEMON_LOG.warning("%s %s", file, JSON_CONFIG)
         return bool(gone or changed)
+
+    def _put(self, found: Mapping[tuple[Layer, str], LoadedConfig | None]) -> None:
+        """Take configs over; where they cannot be finished together, all that is new is left out with that problem."""
+        try:
+            self.set = self.set.put_all(found).settle()
+        except Exception as error:  # noqa: BLE001 - no content of a file may end who reads it
+            new = [key for key, config in found.items() if config is not None]
+            broken = {
+                (layer, file): self.set.problems(file, layer, (problem_of_file(file, error),)) for layer, file in new
+            }
+            self.set = self.set.put_all(broken)
 
     @property
     def _templates(self) -> AbstractSet[str]:
@@ -20405,14 +20417,15 @@ class ConfigLayers:
         if shown != file:
             problem = ConfigProblem(shown, "", "its name is not UTF-8; rename it")
             return self.set.problems(file, layer, (problem,))
+        self._uses.setdefault(file, frozenset())
         try:
-            document, templates = load_config(file)
-        except OSError as error:
-            self._uses.setdefault(file, frozenset())
-            return self.set.problems(file, layer, (ConfigProblem(file, "", explain_unreadable(file, error)),))
-        names = template_names(document)
-        self._uses[file] = frozenset(os.path.join(os.path.dirname(file), name) for name in names)  # noqa: PTH118, PTH120 (2,000 files)
-        return self.set.read(file, layer, document, templates, find_template_faults(templates))
+            with reading(file):
+                document, templates = load_config(file)
+                names = template_names(document)
+                self._uses[file] = frozenset(os.path.join(os.path.dirname(file), name) for name in names)  # noqa: PTH118, PTH120 (2,000 files)
+                return self.set.read(file, layer, document, templates, find_template_faults(templates))
+        except ConfigErrors as errors:
+            return self.set.problems(file, layer, errors.problems)
 
 
 class Daemon:
@@ -20642,7 +20655,10 @@ class Daemon:
 
     def _replace_table(self) -> None:
         """Put a new table in force, from the last good rules of all layers."""
-        table, problems = self._layers.set.merge(self._auto)
+        try:
+            table, problems = self._layers.set.merge(self._auto)
+        except Exception as error:  # noqa: BLE001 - as in `ConfigLayers`
+            table, problems = self.table, (problem_of_file(self.folders.configs, error),)
         problems += self.inventory.problems
         for problem in problems:
             if problem not in self._problems:
@@ -20820,14 +20836,15 @@ class Daemon:
         )
         await runner.setup()
         seen = asyncio.Event()
-        configs = asyncio.create_task(self._watch(seen))
+        configs = asyncio.create_task(self._watch(seen), name="the watch of configs and API keys")
         extending = asyncio.create_task(self._extend_start())
         starting = asyncio.create_task(self._start(runner, seen, configs))
         try:
             await _wait_first(self._stop.wait(), starting)
             extending.cancel()
             if not self._stop.is_set():
-                await _wait_first(self._stop.wait(), configs)
+                starting.result()
+                await _wait_any(self._stop.wait(), configs, self.index.task, self.updater.task)
         finally:
             extending.cancel()
             starting.cancel()
@@ -21011,6 +21028,17 @@ async def _wait_first(wait: Coroutine[object, object, object], task: asyncio.Tas
     waiting.cancel()
     if task.done():
         task.result()
+
+
+async def _wait_any(wait: Coroutine[object, object, object], *tasks: asyncio.Task[None] | None) -> None:
+    """Wait for `wait` while tasks run that must not end; raise what the first of them died of."""
+    waiting, running = asyncio.ensure_future(wait), {task for task in tasks if task is not None}
+    await asyncio.wait({waiting, *running}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    for task in running:
+        if task.done():
+            DAEMON_LOG.critical("%s has ended; so does localaid, to be started anew", task.get_name())
+            raise RuntimeError(f"{task.get_name()} has ended") from (None if task.cancelled() else task.exception())
 
 
 async def _let_connections_in() -> None:

@@ -711,7 +711,7 @@ def test_a_restart_reads_nothing_again(daemon: StartDaemon, tiny_llama: Path) ->
     cache.write_bytes(cache_bytes[:-3] + b"xxx")
     broken = daemon(folder=served.folder)
     until_names(broken, tiny_llama.stem)
-    broken.process.wait_for_line("digests.msgpack is damaged")
+    broken.process.wait_for_line("digests.msgpack: is damaged")
 
 
 # -- the end --

@@ -648,7 +648,7 @@ async def test_a_cache_that_cannot_be_read_or_written(
     monkeypatch.setattr(os, "fsync", full)
     async with running(models, state=file.parent) as index:
         await known(index, "a.gguf")
-        assert f"{file} cannot be read, all models are hashed anew: Is a directory" in caplog.text
+        assert f"{file}: Is a directory; it is thrown away, and all models are hashed anew" in caplog.text
     assert f"{file} cannot be written, the next start hashes anew: " in caplog.text
     assert "No space left" in caplog.text
     assert list(file.parent.iterdir()) == [file]
