@@ -18,20 +18,21 @@ above its own; `grep '^# == ' localaid.py` prints the contents, and each banner 
         a CATALOG    every name and file, what is missing           a CONSTRAIN grammars and schemas -> next tokens
         b CHANNEL    index and signature of a channel               b EMBED     texts -> vectors and scores
         c DIFF       what a layer hides, what changes            12 WORKER      the process of one loaded model
-     4 GGUF       header of a model file -> ModelInfo            13 INDEX       which files are there, their SHAs
-     5 API        OpenAI's requests and responses                14 FETCH       default configs from the web, signed
-        a VECTORS    embeddings, rerank, tokens                     a PULL      weights from the web, by their SHA
-        b RESPONSES  /v1/responses <-> a chat                       b PUBLISH   a folder of configs becomes a channel
-        c ANTHROPIC  /v1/messages <-> a chat                     15 SUPERVISOR  queues, loads and ends of workers
-        d TOOLS      formats of tool calls and reasoning            a ACCESS    API keys, origins, metrics
-     6 PROMPT     messages -> text                               16 HTTP        jobs, streams, chats, completions
-     7 OUTPUT     token bytes -> text, reasoning, calls             a ENCODE    embeddings, rerank, token routes
-     8 BATCH      which tokens go into the next decode              b DIALECTS  /v1/responses and /v1/messages
-     9 LIFECYCLE  which model to load, keep or evict                c ROUTES    every address, and /openapi.json
+     4 GGUF       header of a model file -> ModelInfo               a FILES     what is read and written whole
+     5 API        OpenAI's requests and responses                13 INDEX       which files are there, their SHAs
+        a VECTORS    embeddings, rerank, tokens                  14 FETCH       default configs from the web, signed
+        b RESPONSES  /v1/responses <-> a chat                       a PULL      weights from the web, by their SHA
+        c ANTHROPIC  /v1/messages <-> a chat                        b PUBLISH   a folder of configs becomes a channel
+        d TOOLS      formats of tool calls and reasoning         15 SUPERVISOR  queues, loads and ends of workers
+     6 PROMPT     messages -> text                                  a ACCESS    API keys, origins, metrics
+     7 OUTPUT     token bytes -> text, reasoning, calls          16 HTTP        jobs, streams, chats, completions
+     8 BATCH      which tokens go into the next decode              a ENCODE    embeddings, rerank, token routes
+     9 LIFECYCLE  which model to load, keep or evict                b DIALECTS  /v1/responses and /v1/messages
+                                                                    c ROUTES    every address, and /openapi.json
                                                                  17 DAEMON      reload, systemd, signals
                                                                     a VIEWS     status, list ... as tables
-                                                                    b DOCTOR    what is wrong here, and what to do
-    (5a is a part of what the design has as section 5)           18 CLI         serve, check, explain, list, pull ...
+    (5a is a part of what the design has as section 5)              b DOCTOR    what is wrong here, and what to do
+                                                                 18 CLI         serve, check, explain, list, pull ...
 
     models folder --INDEX--> Inventory --.                        .--> Supervisor --WIRE--> worker process
                                          |                        |    one queue and one    intake: PROMPT -> tokens
@@ -13882,25 +13883,12 @@ def run_worker(fd: int) -> int:
             return 0  # the daemon has gone; so do we
 
 
-# == 13. INDEX: which model files are there, and their SHAs (asyncio, threads) =========================================
+# == 12a. FILES: what is read and written whole ========================================================================
 #
-# `FolderWatch` turns inotify into batches of `FolderChanges`; `ModelIndex` owns what is known of the model folders and
-# replaces `inventory` in one assignment; `HashThreads` read headers and hash beside the event loop, smallest rest
-# first; `DigestCache` remembers by (device, inode, size, mtime, ctime), so that a restart reads no file.
-# Always: an event only says where to look, what counts is the file's state then; a folder is watched before it is
-# listed, so nothing falls between; overflow, and every `rescan_s` seconds, mean looking at everything again.
-# A file is known by the bytes that were hashed: when its stamp changed meanwhile the digest is thrown away, and what
-# a load finds changed is doubted and waited for.  A split model is one entry, under the path and SHA of its first part
-# (what is published of such a model is one SHA a part), served when all parts are whole and agree.
+# Whatever is in a file, reading it ends nobody: `reading` makes all that is raised a problem of a user's file, and
+# `load_own` passes over what localaid has written for itself.  `write_files` writes all or nothing.
 
-INDEX_LOG: Final = logging.getLogger("localaid.index")
-
-FileChange = Literal[
-    "written",  # closed by a writer: its content may be new even if its stamp looks the same
-    "appeared",  # found by a scan, moved here, linked
-    "attributes",  # owner, mode, times
-    "doubted",  # found changed by who read it: perhaps somebody writes to it still
-]
+FILES_LOG: Final = logging.getLogger("localaid.files")
 
 
 def user_name(uid: int) -> str:
@@ -13981,7 +13969,7 @@ def load_own(file: Path, parse: Callable[[bytes], OwnT], remedy: str) -> OwnT | 
     except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # noqa: BLE001 - it only saves work, whatever is in it by now
-        INDEX_LOG.warning("%s; %s", problem_of_file(file, error), remedy)
+        FILES_LOG.warning("%s; %s", problem_of_file(file, error), remedy)
         return None
 
 
@@ -14019,6 +14007,27 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# == 13. INDEX: which model files are there, and their SHAs (asyncio, threads) =========================================
+#
+# `FolderWatch` turns inotify into batches of `FolderChanges`; `ModelIndex` owns what is known of the model folders and
+# replaces `inventory` in one assignment; `HashThreads` read headers and hash beside the event loop, smallest rest
+# first; `DigestCache` remembers by (device, inode, size, mtime, ctime), so that a restart reads no file.
+# Always: an event only says where to look, what counts is the file's state then; a folder is watched before it is
+# listed, so nothing falls between; overflow, and every `rescan_s` seconds, mean looking at everything again.
+# A file is known by the bytes that were hashed: when its stamp changed meanwhile the digest is thrown away, and what
+# a load finds changed is doubted and waited for.  A split model is one entry, under the path and SHA of its first part
+# (what is published of such a model is one SHA a part), served when all parts are whole and agree.
+
+INDEX_LOG: Final = logging.getLogger("localaid.index")
+
+FileChange = Literal[
+    "written",  # closed by a writer: its content may be new even if its stamp looks the same
+    "appeared",  # found by a scan, moved here, linked
+    "attributes",  # owner, mode, times
+    "doubted",  # found changed by who read it: perhaps somebody writes to it still
+]
 
 
 LEAVING_S: Final = 0.5  # a file that somebody wrote is taken for removed when it has been away for so long
@@ -20840,11 +20849,13 @@ class Daemon:
         extending = asyncio.create_task(self._extend_start())
         starting = asyncio.create_task(self._start(runner, seen, configs))
         try:
-            await _wait_first(self._stop.wait(), starting)
+            stopping = asyncio.create_task(self._stop.wait())
+            await asyncio.wait({stopping, starting}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
             extending.cancel()
             if not self._stop.is_set():
                 starting.result()
-                await _wait_any(self._stop.wait(), configs, self.index.task, self.updater.task)
+                await _wait_first(self._stop.wait(), configs, self.index.task, self.updater.task)
         finally:
             extending.cancel()
             starting.cancel()
@@ -21021,16 +21032,7 @@ def _settle_memory() -> None:
     gc.freeze()
 
 
-async def _wait_first(wait: Coroutine[object, object, object], task: asyncio.Task[None]) -> None:
-    """Wait for `wait`; when `task` ends before, raise what it died of."""
-    waiting = asyncio.ensure_future(wait)
-    await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    if task.done():
-        task.result()
-
-
-async def _wait_any(wait: Coroutine[object, object, object], *tasks: asyncio.Task[None] | None) -> None:
+async def _wait_first(wait: Coroutine[object, object, object], *tasks: asyncio.Task[None] | None) -> None:
     """Wait for `wait` while tasks run that must not end; raise what the first of them died of."""
     waiting, running = asyncio.ensure_future(wait), {task for task in tasks if task is not None}
     await asyncio.wait({waiting, *running}, return_when=asyncio.FIRST_COMPLETED)
