@@ -58,6 +58,6 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch:
 )
 def test_whatever_reading_raises_is_the_files_problem(tmp_path: Path, error: Exception, told: str) -> None:
     """It names the file, and ends nobody."""
-    with pytest.raises(localaid.ConfigErrors, match="a.yaml: ") as raised, localaid.reading(tmp_path / "a.yaml"):
+    with pytest.raises(localaid.ConfigErrors, match=r"a\.yaml: ") as raised, localaid.reading(tmp_path / "a.yaml"):
         raise error
     assert told in str(raised.value)
