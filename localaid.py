@@ -4193,7 +4193,7 @@ def check_channel_paths(paths: Iterable[str]) -> None:
         if len(folders) >= _PATH_PARTS or not is_plain:
             problem = f"up to {_PATH_PARTS} parts of letters, digits and . _ + -, none of them hidden or temporary"
             raise ValueError(f"{path[:100]!r} is no name that a channel's file may have ({problem})")
-        if not name.endswith((*CONFIG_SUFFIXES, *TEMPLATE_SUFFIXES)):
+        if not is_config_name(name) and not name.endswith(TEMPLATE_SUFFIXES):
             suffixes = ", ".join((*CONFIG_SUFFIXES, *TEMPLATE_SUFFIXES))
             raise ValueError(f"{path[:100]!r} is neither a config nor a template (their names end with {suffixes})")
         parts = ["/".join(folders[:end]) + "/" for end in range(1, len(folders) + 1)]
@@ -4213,7 +4213,7 @@ def parse_set(files: Mapping[str, bytes], folder: str) -> dict[str, LoadedConfig
     configs: dict[str, LoadedConfig] = {}
     used: set[str] = set()
     for path, document in files.items():
-        if not path.endswith(CONFIG_SUFFIXES):
+        if not is_config_name(path):
             continue
         below = path.rpartition("/")[0]
         beside = {text[len(below) :].lstrip("/"): texts[text] for text in texts if text.rpartition("/")[0] == below}
@@ -4237,7 +4237,7 @@ def _read_templates(files: Mapping[str, bytes], folder: str) -> tuple[dict[str, 
     texts: dict[str, str] = {}
     problems = []
     for path, document in files.items():
-        if not path.endswith(CONFIG_SUFFIXES):
+        if not is_config_name(path):
             try:
                 texts[path] = document.decode("utf-8")
             except UnicodeDecodeError as error:
@@ -15163,12 +15163,13 @@ class _Listing:
         if info and file.known.sha256:
             self.infos[file.known.sha256] = info
         stamps = [part.stamp for part in parts] or [file.stamp]
+        is_read = info is not None or problem is not None  # before, a download's SHA is known, but not what it serves
         self.entries.append(
             FileEntry(
                 path=file.path,
                 relative=relative,
-                sha256=file.known.sha256,
-                sha1=file.known.sha1,
+                sha256=file.known.sha256 if is_read else None,
+                sha1=file.known.sha1 if is_read else None,
                 size_bytes=sum(stamp.size_bytes for stamp in stamps),
                 mtime=max(stamp.mtime_ns for stamp in stamps) / 1e9,
                 serves=serves(info) if info and not problem else frozenset(),
@@ -15730,7 +15731,7 @@ def check_set(files: Mapping[str, bytes], folder: str) -> dict[str, LoadedConfig
     configs = parse_set(files, folder)
     problems = []
     for path, content in files.items():
-        if not path.endswith(CONFIG_SUFFIXES):
+        if not is_config_name(path):
             try:
                 check_template(content.decode(), path)
             except TemplateFailed as error:
@@ -16336,6 +16337,28 @@ def token_headers(url: str, environ: Mapping[str, str]) -> dict[str, str]:
     return {}
 
 
+async def show_token(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
+    """Send a request with its token, which goes before what ~/.netrc or the address says; one header cannot be both."""
+    request.headers.update(token_headers(str(request.url), os.environ))
+    return await handler(request)
+
+
+def _explain_refusal(url: str, status: int) -> str:
+    """Return what may open a file that a server shows only to those whom it knows; "": it is not that."""
+    if status not in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return ""
+    host = urllib.parse.urlsplit(url).hostname
+    if host == "huggingface.co" or (host or "").endswith(".huggingface.co"):
+        return (
+            "; accept the model's terms on its page where it has some, and set HF_TOKEN in localaid's environment to "
+            "a token that may read it"
+        )
+    return (
+        f"; if it wants a password, name it for {host} in the ~/.netrc of localaid's user "
+        "(HF_TOKEN is shown to huggingface.co only)"
+    )
+
+
 class _PartHead(NamedTuple):
     """What the head of a mirror's answer says of what follows."""
 
@@ -16366,7 +16389,8 @@ def read_answer_head(url: str, status: int, headers: Mapping[str, str], start: i
     retry = headers.get("Retry-After", "").strip()
     wait_s = min(float(retry), PULL_BACKOFF_LIMIT_S) if retry.isdecimal() else 0.0
     is_final = 400 <= status < 500 and status not in (*_TRY_AGAIN, 416)  # noqa: PLR2004 (HTTP's client errors)
-    raise SourceFailed(url=url, problem=f"answers with status {status}", is_final=is_final, wait_s=wait_s)
+    problem = f"answers with status {status}{_explain_refusal(url, status)}"
+    raise SourceFailed(url=url, problem=problem, is_final=is_final, wait_s=wait_s)
 
 
 # -- one download --
@@ -16447,18 +16471,18 @@ class Download:
         """Fetch the file; ends as "done" or "failed".  Who cancels it says how it stands."""
         try:
             if await self._find_split_part():
-                await self._note("done")
+                self.note("done")
                 return
             await self._reopen()
-            await self._note("running")
+            self.note("running")
             async with self._puller.open_session() as session:
                 await self._fetch_any(session)
-            await self._note("done")
+            self.note("done")
         except (LocalaidError, OSError) as error:
-            await self._note("failed", error.problem if isinstance(error, PullFailed) else str(error))
+            self.note("failed", error.problem if isinstance(error, PullFailed) else str(error))
         except Exception as error:  # noqa: BLE001 - a fault of ours ends this download; told as all that end it are
             PULL_LOG.error("the download of %s failed", self.file, exc_info=error)
-            await self._note("failed", f"{type(error).__name__}: {error}")
+            self.note("failed", f"{type(error).__name__}: {error}")
         finally:
             self.close()
 
@@ -16468,14 +16492,14 @@ class Download:
             self._part.close()
             self._part = None
 
-    async def _note(self, state: PullState, problem: str | None = None) -> None:
+    def note(self, state: PullState, problem: str | None = None) -> None:
         """Take note of how it stands, also in the journal."""
         record = self.record
         record.state, record.problem = state, problem
         if state == "failed":
             PULL_LOG.error("%s (%s) cannot be downloaded: %s", self.file, self.sha, problem)
         if not self._is_foreign:
-            await in_thread(functools.partial(self._puller.save, msgspec.structs.replace(record)))
+            self._puller.save_soon(self.sha, None if state == "done" else record)
         if state not in ACTIVE_PULLS:
             self.ended_at = asyncio.get_running_loop().time()
             self.ended.set()
@@ -16500,7 +16524,7 @@ class Download:
         path = self._puller.find_file(name)
         if path is None:
             return
-        await self._note("checking")
+        self.note("checking")
         await self._open(path)
         part = cast("PartFile", self._part)  # opened above
         while await in_thread(part.check_more):
@@ -16627,7 +16651,7 @@ class Download:
         async with open_source(
             session,
             url,
-            lambda at: {**headers, **token_headers(at, os.environ)},
+            lambda _: headers,
             allow_http=self._puller.allow_http,
             redirects=PULL_REDIRECTS,
         ) as answer:
@@ -16644,7 +16668,7 @@ class Download:
             self._check_room(self._part.path.parent, needed_bytes)
         record.url, record.etag, record.last_modified = url, head.etag, head.last_modified
         self._pieces.add(url)
-        await self._note("running", record.problem)
+        self.note("running", record.problem)
 
     async def _choose_folder(self, needed_bytes: int) -> None:
         """Make the part in the first models folder that can be written and has room.  Raises as `_make_ready`."""
@@ -16694,8 +16718,9 @@ class Download:
             writing.append(loop.run_in_executor(part.thread, part.add, chunks))
             await asyncio.wait(writing)
             self._received = part.size
-            for one in writing:
-                one.result()  # what the disk says goes before what the network says
+            failures = [error for one in writing if (error := one.exception())]  # each is looked at: none is told twice
+            if failures:
+                raise failures[0]  # what the disk says goes before what the network says
 
     async def _land(self, url: str) -> None:
         """Give the file its name where a SHA of its rule holds.  Raises `WeightsMismatch`, `OSError`."""
@@ -16716,6 +16741,7 @@ class Download:
             return
         index.remember(status, digests)
         self.file = str(await in_thread(functools.partial(land_file, part.path, self._names(digests["sha256"]))))
+        self._puller.save_soon(self.sha, None)  # the index may take its time, a restart has nothing to fetch any more
         PULL_LOG.info("%s: downloaded, %s holds", self.file, held)
         split = parse_split_name(PurePosixPath(self.file).name)
         if split is not None and split.number > 1:
@@ -16786,6 +16812,8 @@ class Puller:
         self.allow_http = allow_http
         self.is_stopping = False
         self._journal = state / self.JOURNAL
+        self._unsaved: dict[str, PullRecord | None] = {}  # by SHA; None: nothing has to be known of it any more
+        self._saving: asyncio.Task[None] | None = None
         self._on_change = on_change
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()
@@ -16813,6 +16841,7 @@ class Puller:
         self.tell()
         for download in self.downloads.values():
             download.ended.set()  # who waits for it goes
+        await self.saved()
 
     def pull(self, name: str, weights: Weights) -> Download:
         """Have a file downloaded: begins at once, or when others have ended; one that is on its way is not begun again.
@@ -16831,6 +16860,7 @@ class Puller:
             record.etag, record.last_modified = old.etag, old.last_modified
             del self.downloads[weights.sha]
         self.downloads[weights.sha] = Download(self, record)
+        self.save_soon(weights.sha, record)
         self._forget_old()
         self.schedule()
         return self.downloads[weights.sha]
@@ -16854,7 +16884,7 @@ class Puller:
                 task.cancel()
                 await asyncio.wait({task})
             if download.is_active:  # it may just have ended
-                await download._note("cancelled")  # noqa: SLF001 - its owner
+                download.note("cancelled")
             self.schedule()
 
     @property
@@ -16916,7 +16946,8 @@ class Puller:
         """Keep but the last of those that have ended."""
         ended = [sha for sha, download in self.downloads.items() if not download.is_active]
         for sha in ended[:-PULLS_KEPT]:
-            self._place_of(self.downloads.pop(sha).record).unlink(missing_ok=True)
+            del self.downloads[sha]
+            self.save_soon(sha, None)
 
     def open_session(self) -> aiohttp.ClientSession:
         """Return a client for one download; proxies are those of the environment."""
@@ -16930,25 +16961,40 @@ class Puller:
             max_field_size=32 * 1024,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"User-Agent": f"localaid/{__version__}", "Accept-Encoding": "identity"},
+            middlewares=(show_token,),
             timeout=aiohttp.ClientTimeout(total=None, connect=PULL_CONNECT_S, sock_read=PULL_READ_S),
         )
 
-    # -- the journal (blocking: for threads) --
+    # -- the journal: a file for each, as a command and the daemon may both have downloads --
 
-    def _place_of(self, record: PullRecord) -> Path:
-        return self._journal / f"{record.weights.sha.replace(':', '-')}.json"
+    def save_soon(self, sha: str, record: PullRecord | None) -> None:
+        """Have the journal say how a download stands; None: nothing has to be known of it any more."""
+        self._unsaved[sha] = record
+        if self._saving is None or self._saving.done():
+            self._saving = asyncio.create_task(self._save())
 
-    def save(self, record: PullRecord) -> None:
-        """Write how a download stands; of one that is done nothing has to be known."""
-        file = self._place_of(record)
-        try:
-            if record.state == "done":
-                file.unlink(missing_ok=True)
-                return
-            self._journal.mkdir(parents=True, exist_ok=True)
-            write_files({file: msgspec.json.encode(record)})
-        except OSError as error:
-            PULL_LOG.warning("%s cannot be written, a restart will not go on with it: %s", file, error)
+    async def saved(self) -> None:
+        """Return when a restart would find all that has been noted."""
+        if self._saving is not None:
+            await asyncio.shield(self._saving)
+
+    async def _save(self) -> None:
+        while self._unsaved:
+            unsaved = {sha: record and msgspec.structs.replace(record) for sha, record in self._unsaved.items()}
+            self._unsaved.clear()
+            await in_thread(functools.partial(self._write, unsaved))
+
+    def _write(self, unsaved: Mapping[str, PullRecord | None]) -> None:
+        for sha, record in unsaved.items():
+            file = self._journal / f"{sha.replace(':', '-')}.json"
+            try:
+                if record is None:
+                    file.unlink(missing_ok=True)
+                else:
+                    self._journal.mkdir(parents=True, exist_ok=True)
+                    write_files({file: msgspec.json.encode(record)})
+            except OSError as error:
+                PULL_LOG.warning("%s cannot be written, a restart will not go on with it: %s", file, error)
 
     def _load(self) -> list[PullRecord]:
         """Read what the journal has."""
@@ -19809,6 +19855,7 @@ async def handle_pull(state: State, http: web.Request) -> web.StreamResponse:
     path = _path_in(http) if http.query.get("path") else None
     plan = plan_pull(state.table, state.inventory, http.query["name"], path)
     pulled = [state.puller.pull(http.query["name"], one) for one in plan.weights]
+    await state.puller.saved()
     present = plan.present.path if plan.present is not None else None
     if http.query.get("follow") != "true":
         return json_response(PullAnswer(present=present, downloads=tuple(one.status() for one in pulled)))

@@ -85,6 +85,7 @@ class Place(NamedTuple):
         download = self.puller.pull("it", Weights(sha=sha, urls=urls, file=file, also=also))
         async with asyncio.timeout(PATIENT_S):
             await download.ended.wait()
+        await self.puller.saved()
         return download
 
     @property
@@ -637,6 +638,7 @@ async def test_a_restart_goes_on(tmp_path: Path, mirror: Mirror) -> None:
     async with opened(tmp_path) as place:
         (download,) = place.puller.downloads.values()
         await download.ended.wait()
+        await place.puller.saved()
         assert download.status().state == "done"
         assert mirror.asked[-1][1:3] == (f"bytes={size}-", '"one"')
         assert place.journal == ["broken.json"]
