@@ -14022,247 +14022,307 @@ def _sync_folder(folder: Path) -> None:
 
 INDEX_LOG: Final = logging.getLogger("localaid.index")
 
-FileChange = Literal[
-    "written",  # closed by a writer: its content may be new even if its stamp looks the same
-    "appeared",  # found by a scan, moved here, linked
-    "attributes",  # owner, mode, times
-    "doubted",  # found changed by who read it: perhaps somebody writes to it still
-]
+
+class Stamp(NamedTuple):
+    """What tells one content of one file from another without reading it."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Which file, whatever its content."""
+        return self.device, self.inode
+
+    @property
+    def content(self) -> Content:
+        """Which content, where moves and changes of mode were seen to be no more than that."""
+        return self[:4]
 
 
-LEAVING_S: Final = 0.5  # a file that somebody wrote is taken for removed when it has been away for so long
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Return the stamp in a file's status."""
+    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
-class FolderChanges(NamedTuple):
-    """What has happened in watched folders; forget what is `gone`, files or whole folders, then look at `files`."""
-
-    files: dict[str, FileChange]  # by path
-    gone: set[str]
-    closed: set[str]  # folders that are there, but cannot be listed: of what is in them nothing is known
-    full: bool = False  # `files` is everything that there is
-
-    def is_hidden(self, path: str) -> bool:
-        """Return whether a path lies in a folder that cannot be listed."""
-        return any(path.startswith(f"{folder}/") for folder in self.closed)
-
-
+LEAVING_S: Final = 0.5  # a file that has been away for so long is gone; an editor may only be writing it anew
+_SETTLED_NS: Final = 30_000_000  # a write so soon after another may leave the same stamp (the kernel's clock ticks)
+_YOUNG_NS: Final = 1_000_000_000  # where nobody tells of writers, a file is complete when it is so old
+_FRESH_NS: Final = 60_000_000_000  # who has a file open for writing, and has not written for so long, has ended
 _IN: Final = inotify_simple.flags
-_APPEARED: Final = int(_IN.CREATE | _IN.MOVED_TO)
-_VANISHED: Final = int(_IN.DELETE | _IN.MOVED_FROM)
-_WATCHED: Final = int(_APPEARED | _VANISHED | _IN.CLOSE_WRITE | _IN.ATTRIB | _IN.MOVE_SELF | _IN.ONLYDIR)
+_CHANGES: Final = _IN.CREATE | _IN.MOVED_TO | _IN.DELETE | _IN.MOVED_FROM | _IN.CLOSE_WRITE | _IN.ATTRIB
+_WATCHED: Final = int(_CHANGES | _IN.MOVE_SELF | _IN.ONLYDIR)
 _UNWATCHED_RESCAN_S: Final = 10.0
 _STEPS_LIMIT: Final = 400  # from folder to folder and link to link: links may go round
 _SAME_FOLDER_LIMIT: Final = 8  # paths, over links, under which one folder is listed
 
 
-class FolderWatch:
-    """Watches folders with all below them, through links, whether they exist yet or not.
+class Snapshot(NamedTuple):
+    """What is in watched folders."""
 
-    One task at a time iterates over `batches()`; the tables below belong to it.  File system calls, which may be slow,
-    are made in threads.
+    files: dict[str, Stamp]  # by path; what is not complete, or cannot be seen, is here as it was before
+    unsettled: dict[str, Stamp]  # what is not complete, as it is now
+    leaving: set[str]  # what is away, perhaps only for a moment: also in `files`
+    written: set[str]  # closed by a writer since the last snapshot
+    closed: set[str]  # folders that cannot be listed
+    is_seamless: bool  # the kernel has told of every write since the last one
+
+
+class _Seen(NamedTuple):
+    """A file as one scan has seen it."""
+
+    stamp: Stamp
+    keys: tuple[tuple[int, str], ...]  # (watch, name) of the events that tell of it
+    is_linked: bool  # it has another name, under which it was written
+
+
+class FolderWatch:
+    """Watches folders with all below them, and single files, through links, whether they exist yet or not.
+
+    Any event means: wait a moment, look at everything, compare.  One task at a time iterates over `snapshots()`; file
+    system calls, which may be slow, are made in threads.
     """
 
     def __init__(self, roots: Iterable[str | Path], *, rescan_s: float) -> None:
         """Watch `roots`; look at everything again every `rescan_s` seconds."""
-        self.roots: Final = tuple(dict.fromkeys(os.path.normpath(Path(root).absolute()) for root in roots))
+        self.folders = 0  # that have been found
         self._rescan_s = rescan_s
         self._inotify: inotify_simple.INotify | None = None
-        self._folders: dict[int, set[str]] = {}  # watch -> paths under which the folder is listed
-        self._awaited: dict[int, dict[str, set[str]]] = {}  # watch -> name in it -> roots and links that lead there
-        self._unwatched: dict[tuple[int, int], int] = {}  # (device, inode) -> what stands for a watch
-        self._warned = False
+        self._watches: dict[int, bool] = {}  # watch -> whether all in its folder counts
+        self._awaited: set[tuple[int, str]] = set()  # (watch, name) of what leads to a root, or on from a link
+        self._events: dict[tuple[int, str], int] = {}  # told by the kernel of files that are not settled yet
+        self._files: dict[str, Stamp] | None = None  # as told last
+        self._absent: dict[str, float] = {}  # path -> when it was missed first
+        self._closed: set[str] = set()
+        self._is_unwatched = self._has_warned = False
+        self._due = math.inf  # when something may be complete, or gone
         self._doubted: set[str] = set()
-        self._readable = asyncio.Event()
+        self._wake, self._is_told = asyncio.Event(), False
+        self.watch(roots)
+
+    def watch(self, roots: Iterable[str | Path]) -> None:
+        """Watch these from now on."""
+        self.roots = tuple(dict.fromkeys(os.path.normpath(Path(root).absolute()) for root in roots))
+        self._is_told = True
+        self._wake.set()
+
+    def is_doubted(self, path: str) -> bool:
+        """Return whether a file is still to be looked at."""
+        return path in self._doubted
 
     def doubt(self, paths: Iterable[str]) -> None:
-        """Tell of these files in the next batch, although the kernel has said nothing of them."""
+        """Tell of these files as written, although the kernel has said nothing of them."""
         self._doubted.update(paths)
-        self._readable.set()
+        self._is_told = True
+        self._wake.set()
 
-    @property
-    def folders(self) -> int:
-        """How many folders have been found."""
-        return len(self._folders)
-
-    async def batches(self) -> AsyncGenerator[FolderChanges, None]:
-        """Yield what is there, then each change as soon as the kernel tells of it.  To be closed (`aclosing`)."""
-        loop = asyncio.get_running_loop()
+    async def snapshots(self) -> AsyncGenerator[Snapshot, None]:
+        """Yield what is there, again whenever something may have changed.  To be closed (`aclosing`)."""
         try:
             self._inotify = inotify_simple.INotify()
         except OSError as error:
             self._warn_limit(error)
         try:
+            is_seamless, rescan_at = False, 0.0
             while True:
-                yield await asyncio.to_thread(self._scan)
-                rescan_s = min(self._rescan_s, _UNWATCHED_RESCAN_S) if self._unwatched else self._rescan_s
-                rescan_at = loop.time() + rescan_s
-                while await self._wait_readable(rescan_at):
-                    changes = await asyncio.to_thread(self._read_changes)
-                    if changes is None:
-                        break
-                    if changes.files or changes.gone:
-                        yield changes
+                self._is_told = False
+                self._wake.clear()
+                snapshot = await asyncio.to_thread(self._scan, is_seamless=is_seamless)
+                if not snapshot.is_seamless:
+                    limit_s = _UNWATCHED_RESCAN_S if self._is_unwatched else math.inf
+                    rescan_at = time.monotonic() + min(self._rescan_s, limit_s)
+                yield snapshot
+                is_seamless = await self._wait_for_change(rescan_at)
         finally:
             if self._inotify is not None:
                 self._inotify.close()
 
-    async def _wait_readable(self, deadline: float) -> bool:
-        """Return True when there are events, False when the time for the next scan has come."""
+    async def _wait_for_change(self, rescan_at: float) -> bool:
+        """Wait until it is time to look; return False where that is because something may have escaped the kernel."""
         loop = asyncio.get_running_loop()
-        if self._inotify is not None:
-            loop.add_reader(self._inotify.fileno(), self._readable.set)
-        try:
-            async with asyncio.timeout_at(deadline):
-                await self._readable.wait()
-        except TimeoutError:
-            return False
-        finally:
+        while True:
             if self._inotify is not None:
-                loop.remove_reader(self._inotify.fileno())
-        self._readable.clear()
-        return True
+                loop.add_reader(self._inotify.fileno(), self._wake.set)
+            try:
+                async with asyncio.timeout_at(min(self._due, rescan_at)):
+                    await self._wake.wait()
+            except TimeoutError:
+                return self._due < rescan_at
+            finally:
+                if self._inotify is not None:
+                    loop.remove_reader(self._inotify.fileno())
+            self._wake.clear()
+            await asyncio.sleep(_SETTLED_NS / 1e9)  # for what comes with it
+            matters = await asyncio.to_thread(self._read_events)
+            if matters is None:
+                return False
+            if matters or self._is_told:
+                return True
 
-    def _scan(self) -> FolderChanges:
-        """Look at everything, and watch what is there now."""
-        self._doubted = set()
-        before = self._folders.keys() | self._awaited.keys()
-        self._folders, self._awaited, self._unwatched = {}, {}, {}
-        changes = FolderChanges({}, set(), set(), full=True)
-        for root in self.roots:
-            self._await_path(root)
-            self._walk(root, changes)
-        for watch in before - self._folders.keys() - self._awaited.keys():
-            self._unwatch(watch)
-        return changes
-
-    def _read_changes(self) -> FolderChanges | None:
-        """Return what the events that are there mean; None: look at everything again."""
-        if self._inotify is None:
-            return None
-        doubted, self._doubted = self._doubted, set()
-        changes = FolderChanges(dict.fromkeys(doubted, "doubted"), set(), set())
-        for event in self._inotify.read(timeout=0):
+    def _read_events(self) -> bool | None:
+        """Return whether the events that are there matter; None: some were lost."""
+        matters = False
+        for event in self._inotify.read(timeout=0) if self._inotify is not None else ():
             if event.mask & (_IN.Q_OVERFLOW | _IN.UNMOUNT):
                 INDEX_LOG.info("inotify: %s; looking at every file again", _IN.from_mask(event.mask))
                 return None
-            if event.mask & _IN.IGNORED:  # the folder is gone; its parent tells of it too
-                self._folders.pop(event.wd, None)
-            awaited = self._awaited.get(event.wd, {}).get(event.name, set())
-            if event.mask & (_IN.IGNORED | _IN.MOVE_SELF):
-                awaited = set().union(*self._awaited.pop(event.wd, {}).values())
-            paths = {path for path in awaited if self._leads_on(path)}
-            if event.name and not is_temporary(event.name):
-                paths.update(f"{folder}/{event.name}" for folder in self._folders.get(event.wd, ()))
-            for path in paths:
-                self._look(path, event.mask, changes)
-        return changes
+            key, is_listed = (event.wd, event.name), self._watches.get(event.wd)
+            if (
+                key in self._awaited
+                or (is_listed and not is_temporary(event.name))
+                or (is_listed is not None and not event.name)
+            ):
+                self._events[key] = self._events.get(key, 0) | event.mask
+                matters = True
+        return matters
 
-    def _look(self, path: str, mask: int, changes: FolderChanges) -> None:
-        """Add to `changes` what has become of `path`, after an event."""
-        linked = _is_link(path)
-        if linked or path in self.roots:
-            self._await_path(path)
-        try:
-            status = Path(path).stat()
-        except OSError:
-            status = None
-        was_folder = self._forget(path)  # a link to a folder may have been replaced by a file, without an event
-        if status is None or mask & _VANISHED or was_folder or stat.S_ISDIR(status.st_mode):
-            changes.gone.add(path)
-            changes.files.pop(path, None)
-        if status and stat.S_ISDIR(status.st_mode):
-            self._walk(path, changes)
-        elif status and path not in self.roots:
-            if mask & _IN.CLOSE_WRITE:
-                changes.files[path] = "written"
-            elif mask & _IN.ATTRIB:
-                changes.files.setdefault(path, "attributes")
-            elif mask & _IN.MOVED_TO or linked or status.st_nlink > 1:  # else just made: it counts when it is closed
-                changes.files.setdefault(path, "appeared")
+    def _scan(self, *, is_seamless: bool) -> Snapshot:
+        """Look at everything, and watch what is there now."""
+        before, is_first = self._files or {}, self._files is None
+        doubted, self._doubted = self._doubted, set()
+        seen = self._look()
+        if is_first and any(self._settles_in_ns(one, None, is_first=True) for one in seen.values()):
+            time.sleep(_SETTLED_NS / 1e9)  # rather than to tell of it twice
+            seen = self._look()
+        self._due, now = math.inf, time.monotonic()
+        snapshot = Snapshot({}, {}, set(), set(), self._closed, is_seamless and not self._is_unwatched)
+        for path, one in seen.items():
+            left_ns = self._settles_in_ns(one, before.get(path), path, is_first=is_first)
+            if left_ns == 0:
+                snapshot.files[path] = one.stamp
+                if path in doubted or any(self._events.get(key, 0) & _IN.CLOSE_WRITE for key in one.keys):
+                    snapshot.written.add(path)
+            else:
+                snapshot.unsettled[path] = one.stamp
+                self._due = min(self._due, now + left_ns / 1e9)
+        absent, self._absent = self._absent, {}
+        for path in before.keys() - snapshot.files.keys():
+            is_known = path in seen or any(path.startswith(f"{folder}/") for folder in self._closed)
+            gone_at = math.inf if is_known else absent.get(path, now) + LEAVING_S
+            if now < gone_at:
+                snapshot.files[path] = before[path]
+                if not is_known:
+                    snapshot.leaving.add(path)
+                    self._absent[path] = gone_at - LEAVING_S
+                    self._due = min(self._due, gone_at)
+        kept = {key for path in snapshot.unsettled for key in seen[path].keys}
+        self._events = {key: mask for key, mask in self._events.items() if key in kept}
+        self._files = snapshot.files
+        return snapshot
 
-    def _walk(self, top: str, changes: FolderChanges) -> None:
-        """Watch `top` and all folders below it; add the files to `changes`."""
-        pending = [top]
-        while pending:
-            folder = pending.pop()
-            try:
-                entries = list(os.scandir(folder)) if self._watch_folder(folder) else []
-            except OSError as error:
-                if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                    INDEX_LOG.warning("%s cannot be listed: %s", folder, explain_unreadable(folder, error))
-                    changes.closed.add(folder)
+    def _settles_in_ns(self, seen: _Seen, before: Stamp | None, path: str = "", *, is_first: bool) -> float:
+        """Return in what time a file may be complete; 0: it is; inf: when its writer closes it, which is an event."""
+        if seen.stamp == before:
+            return 0
+        told = functools.reduce(operator.or_, (self._events.get(key, 0) for key in seen.keys))
+        now_ns = time.time_ns()
+        age_ns = now_ns - seen.stamp.mtime_ns
+        if path and not told & _IN.CLOSE_WRITE and 0 <= age_ns < _FRESH_NS:
+            has_writer = find_writer(path)
+            if has_writer:
+                return math.inf
+            is_told = told & _IN.MOVED_TO or seen.is_linked or is_first
+            if has_writer is None and not is_told and age_ns < _YOUNG_NS:
+                return _YOUNG_NS - age_ns
+        left_ns = _SETTLED_NS - (now_ns - seen.stamp.ctime_ns)
+        return left_ns if 0 < left_ns <= _SETTLED_NS else 0  # a server's clock may be ahead of ours
+
+    def _look(self) -> dict[str, _Seen]:
+        """Return the files that are there; watch what leads to them."""
+        before, self._watches, self._awaited = self._watches, {}, set()
+        were_closed, self._closed = self._closed, set()
+        self._is_unwatched = self._inotify is None
+        seen: dict[str, _Seen] = {}
+        listed: dict[tuple[int, int], list[str]] = {}  # (device, inode) -> paths
+        for root in self.roots:
+            keys = self._await_path(root)
+            pending = [root]
+            while pending:
+                folder = pending.pop()
+                try:
+                    pending += self._list(folder, seen, listed)
+                except NotADirectoryError:
+                    with contextlib.suppress(OSError):
+                        status = Path(folder).stat()
+                        if folder == root and stat.S_ISREG(status.st_mode):
+                            seen[root] = _Seen(stamp_of(status), keys, is_linked=len(keys) > 1)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    self._closed.add(folder)
+                    if folder not in were_closed:
+                        INDEX_LOG.warning("%s cannot be listed: %s", folder, explain_unreadable(folder, error))
+        for watch in before.keys() - self._watches.keys():
+            with contextlib.suppress(OSError):  # it ended with its folder
+                cast("inotify_simple.INotify", self._inotify).rm_watch(watch)
+        self.folders = len(listed)
+        return seen
+
+    def _list(self, folder: str, seen: dict[str, _Seen], listed: dict[tuple[int, int], list[str]]) -> list[str]:
+        """Watch a folder, note its files in `seen`, return the folders in it.  Raises `OSError`."""
+        watch = self._watch(folder, is_listed=True)
+        status = Path(folder).stat()
+        paths = listed.setdefault((status.st_dev, status.st_ino), [])
+        if len(paths) >= _SAME_FOLDER_LIMIT or any(f"{folder}/".startswith(f"{path}/") for path in paths):
+            return []
+        entries, below = list(os.scandir(folder)), []
+        paths.append(folder)
+        for entry in entries:
+            if is_temporary(entry.name):
                 continue
-            for entry in entries:
-                path = f"{folder}/{entry.name}"
-                with contextlib.suppress(OSError):  # a link into a knot
-                    if is_temporary(entry.name):
-                        continue
-                    if entry.is_symlink():
-                        self._await_path(path)
-                    if entry.is_dir():
-                        pending.append(path)
-                    elif entry.is_file():
-                        changes.files.setdefault(path, "appeared")
+            path = f"{folder}/{entry.name}"
+            keys: tuple[tuple[int, str], ...] = ((watch, entry.name),)
+            try:
+                if entry.is_symlink():
+                    keys += self._await_path(path)
+                if entry.is_dir():
+                    below.append(path)
+                elif entry.is_file():
+                    status = entry.stat()
+                    seen[path] = _Seen(stamp_of(status), keys, is_linked=len(keys) > 1 or status.st_nlink > 1)
+            except PermissionError:
+                if not entry.is_symlink():
+                    raise
+            except OSError:  # gone meanwhile, or a link into a knot
+                continue
+        return below
 
-    def _watch_folder(self, folder: str) -> bool:
-        """Watch `folder` itself; False for one that links lead to again and again.  Raises `OSError` if it is gone."""
-        paths = self._folders.setdefault(self._watch(folder), set())
-        if folder not in paths:
-            if len(paths) >= _SAME_FOLDER_LIMIT or any(folder.startswith(f"{path}/") for path in paths):
-                return False
-            paths.add(folder)
-        return True
-
-    def _watch(self, folder: str) -> int:
+    def _watch(self, folder: str, *, is_listed: bool = False) -> int:
         """Return the watch of a folder: one a folder, whatever the path.  Raises `OSError` if it is gone or closed."""
         if self._inotify is not None:
             try:
-                return int(self._inotify.add_watch(folder, _WATCHED))
+                watch = int(self._inotify.add_watch(folder, _WATCHED))
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.ENOMEM):
                     raise
                 self._warn_limit(error)
-        status = Path(folder).stat()
-        return self._unwatched.setdefault((status.st_dev, status.st_ino), -2 - len(self._unwatched))
+            else:
+                self._watches[watch] = is_listed or self._watches.get(watch, False)
+                return watch
+        self._is_unwatched = True
+        return -1
 
-    def _unwatch(self, watch: int) -> None:
-        """Take a watch back, unless it ended with its folder."""
-        if self._inotify is not None and watch >= 0:
-            with contextlib.suppress(OSError):
-                self._inotify.rm_watch(watch)
-
-    def _await_path(self, path: str) -> None:
+    def _await_path(self, path: str) -> tuple[tuple[int, str], ...]:
         """Watch the folders in which a root, or a link, or a link on the way, would change, come back or vanish."""
         turns: list[tuple[str, str]] = []
+        keys: list[tuple[int, str]] = []
         for _ in range(3):  # again if something came between looking and watching; the events tell of what comes later
             found = _find_turns(path)
             if found == turns:
                 break
-            turns = found
+            turns, keys = found, []
             for folder, name in turns:
                 with contextlib.suppress(OSError):
-                    self._awaited.setdefault(self._watch(folder), {}).setdefault(name, set()).add(path)
-
-    def _leads_on(self, path: str) -> bool:
-        """Return whether an awaited path is still a root, or a link in a folder that is listed."""
-        folder = os.path.split(path)[0]
-        listed = any(folder in paths for paths in self._folders.values())
-        return path in self.roots or (listed and _is_link(path))
-
-    def _forget(self, top: str) -> bool:
-        """Stop watching `top` and all below; return whether it was a folder."""
-        was_folder = any(top in paths for paths in self._folders.values())
-        for watch, paths in list(self._folders.items()) if was_folder else ():
-            paths.difference_update([path for path in paths if path == top or path.startswith(f"{top}/")])
-            if not paths:
-                del self._folders[watch]
-                if watch not in self._awaited:
-                    self._unwatch(watch)
-        return was_folder
+                    keys.append((self._watch(folder), name))
+        self._awaited.update(keys)
+        return tuple(keys)
 
     def _warn_limit(self, error: OSError) -> None:
-        if not self._warned:
-            self._warned = True
+        if not self._has_warned:
+            self._has_warned = True
             INDEX_LOG.warning(
                 "inotify: %s: some folders are looked at every %g s instead of being watched; raise "
                 "fs.inotify.max_user_watches and fs.inotify.max_user_instances with sysctl and restart localaid",
@@ -14270,12 +14330,23 @@ class FolderWatch:
             )  # fmt: skip
 
 
+def find_writer(path: str) -> bool | None:
+    """Return whether somebody has a file open for writing; None where the kernel does not tell.
+
+    It tells the owner of the file, and root, by refusing a lease (fcntl(2), F_SETLEASE), which is given back at once.
+    """
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)  # nothing, should a writer come now; SIGIO would end us
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return True if error.errno == errno.EAGAIN else None
+    return False
+
+
 def _is_folder(path: str | Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112 - Path.is_dir raises where it may not look
-
-
-def _is_link(path: str) -> bool:
-    return os.path.islink(path)  # noqa: PTH114 - as above
 
 
 def _find_turns(path: str) -> list[tuple[str, str]]:
@@ -14301,31 +14372,6 @@ def _find_turns(path: str) -> list[tuple[str, str]]:
 
 
 # -- digests --
-
-
-class Stamp(NamedTuple):
-    """What tells one content of one file from another without reading it."""
-
-    device: int
-    inode: int
-    size_bytes: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """Which file, whatever its content."""
-        return self.device, self.inode
-
-    @property
-    def content(self) -> Content:
-        """Which content, where moves and changes of mode were seen to be no more than that."""
-        return self[:4]
-
-
-def stamp_of(status: os.stat_result) -> Stamp:
-    """Return the stamp in a file's status."""
-    return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 class Known(msgspec.Struct, frozen=True, array_like=True):
@@ -14411,24 +14457,6 @@ _READ_BYTES: Final = (
     1024 * 1024
 )  # one read: large enough that Python's share is < 1 %, small enough for the CPU's cache
 _HEAD_BYTES: Final = 64 * 1024  # first read of a header; then four times as much, until it is all there
-_RACY_NS: Final = 50_000_000  # a write so soon after another may leave the same stamp (the kernel's clock ticks)
-_FRESH_NS: Final = 60_000_000_000  # who has a file open for writing, and has not written for so long, has ended
-
-
-def has_writer(descriptor: int) -> bool:
-    """Return whether somebody has the file open for writing; False where the kernel does not tell.
-
-    It tells the owner of the file, and root, by refusing a lease (fcntl(2), F_SETLEASE), which is given back at once.
-    """
-    try:
-        fcntl.fcntl(
-            descriptor, fcntl.F_SETSIG, signal.SIGURG
-        )  # nothing, should a writer come just now; SIGIO would end us
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError as error:
-        return error.errno == errno.EAGAIN
-    return False
 
 
 def hash_file(
@@ -14477,21 +14505,18 @@ def _has_header(known: Known) -> bool:
 class HashJob:
     """Reads the header of one content, then hashes it, in steps; the loop's until submitted, then a thread's."""
 
-    def __init__(self, path: str, stamp: Stamp, known: Known, *, sha1: bool, change: FileChange = "appeared") -> None:
-        """Find out what is not `known` yet of a file that has come to notice by `change`."""
+    def __init__(self, path: str, stamp: Stamp, known: Known, *, sha1: bool) -> None:
+        """Find out what is not `known` yet of a file."""
         self.path = path  # the loop changes it when the file is moved
         self.opened_path = path
         self.stamp: Final = stamp
         self.known = known
         self.hashed_bytes = 0
-        self.racy = False  # read so soon after its last change that a further one may not show
-        self.changed = False  # no longer the content of `stamp`, or not for long: what was read is void
-        self.closed = False  # a writer has closed it since: look again, whatever comes of this
+        self.changed = False  # no longer the content of `stamp`: what was read is void
         self.failure: str | None = None
         self.cancelled = False
         self.finished = False
         self._sha1 = sha1
-        self._change = change
         self._descriptor = -1
         self._digests: dict[str, hashlib._Hash] = {}
 
@@ -14532,16 +14557,12 @@ class HashJob:
         self.opened_path = self.path
         self._descriptor = os.open(self.opened_path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self.changed = stamp_of(os.fstat(self._descriptor)).content != self.stamp.content
-        self.racy = self.racy or time.time_ns() - self.stamp.ctime_ns < _RACY_NS
-        if self._change != "written" and time.time_ns() - self.stamp.mtime_ns < _FRESH_NS:
-            self.changed = self.changed or has_writer(self._descriptor)  # when it closes the file, there is an event
 
     def _read_header(self) -> None:
         try:
             info = read_header(self._descriptor, self.stamp.size_bytes, self.path)
             self.known = msgspec.structs.replace(self.known, info=info)
         except NotServable as error:
-            self.changed = self._change == "doubted"  # half written
             is_other = not is_model_format(os.pread(self._descriptor, 4, 0))
             self.known = msgspec.structs.replace(self.known, problem=error.reason, is_other=is_other)
         self.finished = not _missing_digests(self.known, sha1=self._sha1)
@@ -14650,9 +14671,9 @@ class ModelIndex:
         self._alias_problems: dict[str, tuple[ConfigProblem, ...]] = {}  # root -> what is wrong with its aliases.json
         self._manifests: dict[str, Manifest] = {}  # by path
         self._jobs: dict[tuple[int, int], HashJob] = {}  # one a file; the loop may have given up others
-        self._racy: set[tuple[int, int]] = set()  # files whose stamp may hide a change
+        self._seen: dict[str, Stamp] | None = None  # all files, as the watch told last
         self._misnamed: set[str] = set()  # files whose names JSON cannot carry
-        self._doubted: set[str] = set()  # paths whose content is another one than is known, until they were looked at
+        self._doubted: set[str] = set()  # paths whose content is another one than is known, until it is complete
         self._infos: dict[str, ModelInfo] = {}
         self._sha1 = False
         self._finished = IndexProgress(0, 0, 0, 0)  # jobs since there were none
@@ -14723,7 +14744,8 @@ class ModelIndex:
         self._sha1 = wanted
         if wanted:
             for path, stamp in self._files.items():
-                self._read_on(path, stamp)
+                if path not in self._doubted:
+                    self._read_on(path, stamp)
 
     def subscribe(self, callback: Callable[[Inventory], None]) -> Callable[[], None]:
         """Call `callback` with every new inventory, on the loop; return what ends that."""
@@ -14756,103 +14778,78 @@ class ModelIndex:
 
     async def _run(self) -> None:
         """Take in what happens in the folders."""
-        async with contextlib.aclosing(self._watch.batches()) as batches:
-            async for changes in batches:
-                found = await asyncio.to_thread(_stat_files, changes.files)
-                unreadable = await asyncio.to_thread(_find_unreadable, [path for path, stamp in found.items() if stamp])
-                aliases = await asyncio.to_thread(self._load_aliases, changes)
-                manifests = await asyncio.to_thread(_load_manifests, [path for path, stamp in found.items() if stamp])
-                self._take_manifests(changes, manifests)
-                self._unreadable = {path: why for path, why in self._unreadable.items() if path not in found}
-                self._unreadable.update(unreadable)
-                self._take_changes(changes, {**found, **dict.fromkeys(manifests)}, aliases)
+        async with contextlib.aclosing(self._watch.snapshots()) as snapshots:
+            async for snapshot in snapshots:
+                seen = self._seen or {}
+                changed = {path for path, stamp in snapshot.files.items() if seen.get(path) != stamp}
+                gone = seen.keys() - snapshot.files.keys()
+                await asyncio.to_thread(self._read_small, snapshot, changed, gone)
+                self._take_snapshot(snapshot, changed | (snapshot.written & snapshot.files.keys()))
 
-    def _load_aliases(self, changes: FolderChanges) -> dict[str, dict[str, tuple[str, str | None]]]:
-        """Return the aliases of each root whose aliases.json is new, changed or gone; a broken one changes nothing."""
-        aliases = {}
+    def _read_small(self, snapshot: Snapshot, changed: AbstractSet[str], gone: AbstractSet[str]) -> None:
+        """Read what is read at once: names that others give, and whether a file may be read."""
         for root in self._watch.roots:
             file = f"{root}/{ALIASES_FILE}"
-            if file in changes.files or file in changes.gone or root in changes.gone or changes.full:
-                if self._aliases.get(root) and changes.files.get(file) != "doubted" and not os.path.lexists(file):
-                    doubt = functools.partial(self._loop.call_later, LEAVING_S, self._watch.doubt, [file])
-                    self._loop.call_soon_threadsafe(doubt)
-                    continue
-                try:
-                    aliases[root] = load_aliases(file)
-                    self._alias_problems[root] = ()
-                except ConfigErrors as errors:
-                    self._alias_problems[root] = errors.problems
-        return aliases
+            if file in changed or file in gone or self._seen is None:
+                self._load_aliases(root, file)
+        for path in gone:
+            self._manifests.pop(path, None)
+            self._unreadable.pop(path, None)
+        for path in changed:
+            self._manifests.pop(path, None)
+        self._manifests.update(_load_manifests(changed))
+        hidden = {path for path in snapshot.files for folder in snapshot.closed if path.startswith(f"{folder}/")}
+        self._unreadable = {path: why for path, why in self._unreadable.items() if path not in changed}
+        self._unreadable.update(_find_unreadable(changed | hidden))
 
-    def _take_manifests(self, changes: FolderChanges, manifests: Mapping[str, Manifest]) -> None:
-        """Bring the names that stores give up to date."""
-        for path in list(self._manifests):
-            is_gone = any(path == gone or path.startswith(f"{gone}/") for gone in changes.gone)
-            if is_gone or changes.full or path in changes.files:
-                del self._manifests[path]
-        self._manifests.update(manifests)
+    def _load_aliases(self, root: str, file: str) -> None:
+        """Take the aliases of a root; a broken file changes nothing."""
+        try:
+            self._aliases[root], self._alias_problems[root] = load_aliases(file), ()
+        except ConfigErrors as errors:
+            self._alias_problems[root] = errors.problems
 
-    def _take_changes(
-        self,
-        changes: FolderChanges,
-        found: Mapping[str, Stamp | None],
-        aliases: Mapping[str, dict[str, tuple[str, str | None]]],
-    ) -> None:
+    def _take_snapshot(self, snapshot: Snapshot, changed: AbstractSet[str]) -> None:
         """Bring the files up to date."""
-        self._aliases.update(aliases)
-        self._doubted.difference_update(changes.files, changes.gone)
-        for path in changes.gone if not changes.full else self._files.keys() - changes.files.keys():
-            below = [] if path in self._files else [known for known in self._files if known.startswith(f"{path}/")]
-            for known in (path, *below):
-                self._files.pop(known, None)
-                self._unreadable.pop(known, None)
-        self._take_misnamed(changes)
-        for path, change in changes.files.items():
-            stamp = found[path]
-            if stamp is None:
-                self._files.pop(path, None)
-            elif change != "attributes" or path in self._files:  # else just made: it counts when it is closed
-                self._take_file(path, stamp, change, exact=changes.full)
-        latest = {stamp.identity: stamp for stamp in found.values() if stamp}
-        for path, stamp in self._files.items():  # a file of two paths is told of under one only
-            self._files[path] = latest.get(stamp.identity, stamp)
+        is_first, self._seen = self._seen is None, snapshot.files
+        before, self._files = self._files, {}
+        incomplete = {path: stamp for path, stamp in snapshot.unsettled.items() if is_first or path in before}
+        there = {stamp.identity for path, stamp in snapshot.files.items() if path not in snapshot.leaving}
+        moved = {path for path in snapshot.leaving if snapshot.files[path].identity in there}
+        self._misnamed = {path for path in snapshot.files.keys() - moved if show_name(path) != path}
+        for path, stamp in (snapshot.files | incomplete).items():
+            if path not in moved and path not in self._manifests and _may_be_model(path):
+                self._files[path] = stamp
+        self._doubted = {path for path in self._files if path in snapshot.unsettled or self._watch.is_doubted(path)}
+        written = {snapshot.files[path].identity for path in snapshot.written}
+        for path in changed & self._files.keys() - self._doubted:
+            stamp = self._files[path]
+            self._take_file(path, stamp, exact=not snapshot.is_seamless or stamp.identity in written)
         for identity in self._jobs.keys() - {stamp.identity for stamp in self._files.values()}:
             self._jobs.pop(identity).cancelled = True
         self._save_soon()
         self._publish_soon(_PUBLISH_S if self._jobs else 0.0)
 
-    def _take_misnamed(self, changes: FolderChanges) -> None:
-        """Bring the files whose names are not UTF-8 up to date: they are listed, and that is all."""
-        gone = [path for path in self._misnamed for top in changes.gone if path == top or path.startswith(f"{top}/")]
-        self._misnamed = set() if changes.full else self._misnamed.difference(gone)
-        self._misnamed.update(path for path in changes.files if show_name(path) != path)
-
-    def _take_file(self, path: str, stamp: Stamp, change: FileChange, *, exact: bool) -> None:
-        """Note a file that is there, and have read what is not known of it."""
-        identity, written = stamp.identity, change == "written"
-        job = self._jobs.get(identity)
-        known = self._cache.find(stamp, exact=exact or written)
-        hidden = written and (job.racy if job else self._files.get(path) == stamp and identity in self._racy)
-        self._files[path] = stamp
-        self._cache.put(stamp, Known() if hidden else known)  # under its new ctime, if that is all that is new
-        complete = not hidden and not self._is_incomplete(known)
-        if job and (hidden or complete or job.stamp.content != stamp.content):
-            self._jobs.pop(identity).cancelled = True
+    def _take_file(self, path: str, stamp: Stamp, *, exact: bool) -> None:
+        """Have read what is not known of a file that is new, or another one now."""
+        known, job = self._cache.find(stamp, exact=exact), self._jobs.get(stamp.identity)
+        self._cache.put(stamp, known)  # under its new ctime, if that is all that is new
+        if job and (job.stamp.content != stamp.content or not self._is_incomplete(known)):
+            self._jobs.pop(stamp.identity).cancelled = True
         elif job:
             job.path = path
-            job.closed = job.closed or written
-        self._read_on(path, stamp, change)
+        self._read_on(path, stamp)
 
     def _is_incomplete(self, known: Known) -> bool:
         return not _has_header(known) or bool(_missing_digests(known, sha1=self._sha1))
 
-    def _read_on(self, path: str, stamp: Stamp, change: FileChange = "appeared") -> None:
+    def _read_on(self, path: str, stamp: Stamp) -> None:
         """Start a job for what is not known of a file yet, unless one runs."""
         known = self._cache.find(stamp)
         if stamp.identity not in self._jobs and self._is_incomplete(known):
             if not self._jobs:
                 self._finished = IndexProgress(0, 0, 0, 0)
-            job = self._jobs[stamp.identity] = HashJob(path, stamp, known, sha1=self._sha1, change=change)
+            job = self._jobs[stamp.identity] = HashJob(path, stamp, known, sha1=self._sha1)
             self._threads.submit(job)
 
     def _report(self, job: HashJob) -> None:
@@ -14874,15 +14871,14 @@ class ModelIndex:
         if job.failure:
             self._unreadable.update(dict.fromkeys(stamps, job.failure))
         elif job.changed:  # the event of that change starts a new job, or has found this one still there
-            if (job.path != job.opened_path or job.closed) and job.path in stamps:
-                self._read_on(job.path, stamps[job.path], "written" if job.closed else "appeared")
+            if job.path != job.opened_path and job.path in stamps:
+                self._read_on(job.path, stamps[job.path])
         else:
             for path, stamp in stamps.items():
                 self._unreadable.pop(path, None)
-                if stamp.content == job.stamp.content:
+                if stamp.content == job.stamp.content and path not in self._doubted:
                     self._cache.put(stamp, job.known)
                     self._read_on(path, stamp)  # if sha1 is wanted since
-            (self._racy.add if job.racy else self._racy.discard)(identity)
             self._save_soon()
         self._publish_soon(0.0 if job.finished else _PUBLISH_S)  # a short file's SHA may come at once
 
@@ -14953,23 +14949,9 @@ def load_aliases(file: str) -> dict[str, tuple[str, str | None]]:
             return {}
 
 
-def _stat_files(paths: Iterable[str]) -> dict[str, Stamp | None]:
-    """Return the stamps of regular files; None for what is none any more, or has a name that JSON cannot carry."""
-    stamps: dict[str, Stamp | None] = {}
-    for path in paths:
-        try:
-            path.encode()
-            status = Path(path).stat()
-        except OSError as error:
-            INDEX_LOG.debug("%r is passed over: %s", path, error)
-            stamps[path] = None
-        except UnicodeEncodeError:
-            INDEX_LOG.warning("%r is passed over: its name is not UTF-8; rename it", path)
-            stamps[path] = None
-        else:
-            is_model = stat.S_ISREG(status.st_mode) and not path.endswith(f"/{ALIASES_FILE}") and not _is_ref(path)
-            stamps[path] = stamp_of(status) if is_model else None
-    return stamps
+def _may_be_model(path: str) -> bool:
+    """Return whether a file is listed, as a model or what else it is; names that are not UTF-8 are told of apart."""
+    return not path.endswith(f"/{ALIASES_FILE}") and not _is_ref(path) and show_name(path) == path
 
 
 def _find_unreadable(paths: Iterable[str]) -> dict[str, str]:
@@ -20196,13 +20178,6 @@ async def add_headers(state: State, http: web.Request, response: web.StreamRespo
 # What is broken keeps its last good version, and is told of in the log, STATUS= and /localaid/status.
 
 SHARED_DATA: Final = Path("share", "localaid", "default-configs")  # below sys.prefix, as wheels install it
-KEY_EVENTS: Final = (  # in the folder of a file with API keys: written, replaced, gone, its mode
-    inotify_simple.flags.CLOSE_WRITE
-    | inotify_simple.flags.MOVED_TO
-    | inotify_simple.flags.CREATE
-    | inotify_simple.flags.DELETE
-    | inotify_simple.flags.ATTRIB
-)
 END_S: Final = 20.0  # for all that comes behind the drain: workers, connections, the digest cache
 FIRST_REQUEST_S: Final = 1.0  # that a connection which was just opened has to send its request when localaid stops
 STATUS_S: Final = 0.5  # between two STATUS= while nothing but counts and percents change
@@ -20408,44 +20383,37 @@ class ConfigLayers:
         self._folders = folders
         self._uses: dict[str, frozenset[str]] = {}  # config -> template files that it names
         self._told: set[str] = set()  # files that are passed over
-        self.leaving: set[str] = set()  # the user's that were there a moment ago: to be asked for again, as "doubted"
+        self._stamps: Mapping[str, Stamp] = {}
 
     @property
     def files(self) -> int:
         """How many files have been read."""
         return len(self._uses)
 
-    def take(self, changes: FolderChanges) -> bool:
-        """Read what has changed; return whether anything had to be read.  Blocking: for a thread.
+    def take(self, files: Mapping[str, Stamp]) -> bool:
+        """Take what is in the folders; return whether anything had to be read.  Blocking: for a thread."""
+        before, self._stamps = self._stamps, files
+        changed = {file for file, stamp in files.items() if before.get(file) != stamp}
+        return self.read(changed, before.keys() - files.keys())
 
-        A file of the user's that is not there is only `leaving`: many an editor takes the old one away before it writes
-        the new one, which would lose requests in between, and the last good version where the new one is broken.
-        """
-        known = set(self._uses)
-        gone = {file for file in known if any(file == path or file.startswith(f"{path}/") for path in changes.gone)}
-        if changes.full:
-            gone |= known - changes.files.keys()
-        gone = {file for file in gone - changes.files.keys() if not changes.is_hidden(file)}  # else perhaps as it was
-        leaving = {file for file in gone if self._folders.layer_of(file) == "user"}
-        left = {file for file in self.leaving & changes.files.keys() if not os.path.lexists(file)}
-        self.leaving = (self.leaving | leaving) - changes.files.keys()
-        gone = gone - leaving | left
-        changed = set(filter(is_config_name, changes.files)) - left
-        templates = (changes.files.keys() | changes.gone) - changed
-        changed |= {file for file, uses in self._uses.items() if uses & templates}
+    def read(self, changed: AbstractSet[str], gone: AbstractSet[str] = frozenset()) -> bool:
+        """Read configs, and those whose templates these are; forget what is gone.  Blocking."""
+        uses = self._uses.items()
+        configs = {file for file in changed if is_config_name(file)}
+        configs |= {file for file, used in uses if file not in gone and not used.isdisjoint(changed | gone)}
         found: dict[tuple[Layer, str], LoadedConfig | None] = {}
-        for file in gone:
+        for file in gone & self._uses.keys():
             found[self._folders.layer_of(file), file] = None
-            self._uses.pop(file, None)
-        for file in sorted(changed - gone):
+            del self._uses[file]
+        for file in sorted(configs):
             layer = self._folders.layer_of(file)
             found[layer, file] = self._read(file, layer)
         self._put(found)
-        for file in set(filter(is_json_config, changes.files)) - self._told - self._templates:
+        for file in set(filter(is_json_config, changed)) - self._told - self._templates:
             self._told.add(file)
             if self._folders.layer_of(file) == "user":
                 DAEMON_LOG.warning("%s %s", file, JSON_CONFIG)
-        return bool(gone or changed)
+        return bool(found)
 
     def _put(self, found: Mapping[tuple[Layer, str], LoadedConfig | None]) -> None:
         """Take configs over; where they cannot be finished together, all that is new is left out with that problem."""
@@ -20532,12 +20500,12 @@ class Daemon:
         self._paths: dict[Path, int] = {}  # of unix sockets that are ours to remove -> inode
         self._folder_problems: tuple[FolderUnusable, ...] = ()
         self._layers = ConfigLayers(folders)
+        self._config_watch = FolderWatch(self._find_watched(), rescan_s=settings.rescan_s)
         self._auto: tuple[Rule, ...] = ()
         self._problems: tuple[ConfigProblem, ...] = ()  # of configs
         self._warnings: tuple[ConfigProblem, ...] = ()  # of aliases
         self._settings_problems: tuple[ConfigProblem, ...] = ()
         self._key_problems: tuple[ConfigProblem, ...] = ()
-        self._keys_changed = asyncio.Event()  # perhaps
         self._is_public = False  # whether others than this machine can reach it
         self._began_s = time.monotonic()
         self._targets: dict[tuple[tuple[int, str, int], str], Target] = {}
@@ -20691,23 +20659,29 @@ class Daemon:
         self._folder_problems = problems
 
     async def _watch(self, seen: asyncio.Event) -> None:
-        """Watch the folders of configs and of API keys, for ever."""
-        await asyncio.gather(self._watch_configs(seen), self._watch_keys())
-
-    async def _watch_configs(self, seen: asyncio.Event) -> None:
-        """Take in what happens in the config folders, for ever."""
-        folders = (self.folders.configs, self.folders.fetched, self.folders.shipped)
-        watch = FolderWatch(folders, rescan_s=self.settings.rescan_s)
-        async with contextlib.aclosing(watch.batches()) as batches:
-            async for changes in batches:
-                if await asyncio.to_thread(self._layers.take, changes):
+        """Take in what happens to configs and API keys, for ever."""
+        key_stamps: tuple[Stamp | None, ...] = ()
+        async with contextlib.aclosing(self._config_watch.snapshots()) as snapshots:
+            async for snapshot in snapshots:
+                files = snapshot.files
+                key_files = tuple(map(str, self._find_key_files()))
+                before, key_stamps = key_stamps, tuple(map(files.get, key_files))
+                if seen.is_set() and before != key_stamps:
+                    self.reload_keys()
+                configs = {path: stamp for path, stamp in files.items() if path not in key_files}
+                if await asyncio.to_thread(self._layers.take, configs):
                     self._replace_table()
-                elif changes.closed or self._folder_problems:  # perhaps it is there again, with nothing in it
+                elif snapshot.closed or self._folder_problems:  # perhaps it is there again, with nothing in it
                     self._check_folders()
                     self._tell_status()
-                if self._layers.leaving:
-                    asyncio.get_running_loop().call_later(LEAVING_S, watch.doubt, set(self._layers.leaving))
                 seen.set()
+
+    def _find_key_files(self) -> tuple[Path, ...]:
+        return find_key_files(self.settings, self.folders.settings.parent, os.environ)
+
+    def _find_watched(self) -> tuple[Path, ...]:
+        folders = self.folders
+        return (folders.configs, folders.fetched, folders.shipped, *self._find_key_files())
 
     def _replace_table(self) -> None:
         """Put a new table in force, from the last good rules of all layers."""
@@ -20754,7 +20728,7 @@ class Daemon:
             self._settings_problems = self._take_settings(settings)
             self._replace_table()
         self.reload_keys()
-        self._keys_changed.set()  # the files that hold them may be others now
+        self._config_watch.watch(self._find_watched())  # the files that hold them may be others now
         self._notify("READY=1")
         self._tell_status()
 
@@ -20799,28 +20773,6 @@ class Daemon:
             self.keyring = keyring
         self._key_problems = problems
         self._tell_status()
-
-    async def _watch_keys(self) -> None:
-        """Take the API keys anew when something happens in a folder that has a file of them, for ever."""
-        loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as stack:
-            inotify = None
-            with contextlib.suppress(OSError):  # none is left: the folders' watch says so, and the clock remains
-                inotify = stack.enter_context(inotify_simple.INotify())
-                loop.add_reader(inotify.fileno(), self._keys_changed.set)
-                stack.callback(loop.remove_reader, inotify.fileno())
-            while True:
-                for file in find_key_files(self.settings, self.folders.settings.parent, os.environ):
-                    with contextlib.suppress(OSError):  # a folder that is not there yet: looked for again by the clock
-                        if inotify is not None:
-                            inotify.add_watch(str(file.parent), KEY_EVENTS)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self.settings.rescan_s):
-                        await self._keys_changed.wait()
-                self._keys_changed.clear()
-                if inotify is not None:
-                    inotify.read(timeout=0)
-                self.reload_keys()
 
     # -- systemd --
 
@@ -21558,7 +21510,7 @@ def check_configs(folders: Folders) -> list[Finding]:
     """Look at every config of every layer."""
     there = [folder for folder in (folders.configs, folders.fetched, folders.shipped) if folder.is_dir()]
     layers, missing = ConfigLayers(folders), list[ConfigProblem]()
-    layers.take(FolderChanges(dict.fromkeys(find_configs(there, missing), "written"), set(), set()))
+    layers.read(set(find_configs(there, missing)))
     table, problems = layers.set.merge()
     remedy = "correct it, then: localaid check"
     problems += find_alias_problems(folders.models)
@@ -22018,7 +21970,7 @@ def run_check(arguments: argparse.Namespace) -> int:
         configs = [folders.configs]
     files = set(find_configs(configs, problems))
     layers = ConfigLayers(folders)
-    layers.take(FolderChanges(dict.fromkeys(files | _find_around(files, folders), "written"), set(), set()))
+    layers.read(files | _find_around(files, folders))
     table, found = layers.set.merge()
     problems += [problem for problem in found if problem.file in files]
     for problem in problems:
@@ -22119,7 +22071,7 @@ def _read_configs(folders: Folders) -> ConfigSet:
     """Return the configs of all layers."""
     layers = ConfigLayers(folders)
     there = (folder for folder in (folders.configs, folders.fetched, folders.shipped) if os.path.isdir(folder))  # noqa: PTH112 - raises nothing
-    layers.take(FolderChanges(dict.fromkeys(find_configs(there, []), "written"), set(), set()))
+    layers.read(set(find_configs(there, [])))
     return layers.set
 
 

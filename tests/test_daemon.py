@@ -432,34 +432,6 @@ def test_weights_of_a_small_file_are_copied(daemon: StartDaemon, smollm2: Path, 
     assert (".gguf" in Path(f"/proc/{worker.pid}/maps").read_text()) is mapped
 
 
-def test_an_editor_that_writes_a_new_file_loses_nothing(tmp_path: Path) -> None:
-    """As vim does: the old one is renamed, the new one written; in between the old one is in force, or kept."""
-    config, good = tmp_path / "a.yaml", b"name: a\nshas: ['*']\n"
-    folders = Folders(
-        models=(), configs=tmp_path, state=tmp_path / "s", settings=tmp_path / "localaid.yaml", shipped=tmp_path / "d"
-    )
-    layers = localaid.ConfigLayers(folders)
-
-    def take(change: localaid.FileChange | None) -> list[str]:
-        files: dict[str, localaid.FileChange] = {} if change is None else {str(config): change}
-        layers.take(localaid.FolderChanges(files, set() if files else {str(config)}, set()))
-        return list(layers.set.merge()[0].named)
-
-    for broken in (good + b"top_q: 1\n", good):
-        config.write_bytes(good)
-        assert take("written") == ["a"]
-        config.unlink()
-        assert take(None) == ["a"], "perhaps only for a moment"
-        assert layers.leaving == {str(config)}
-        config.write_bytes(broken)
-        assert take("written") == ["a"]
-        assert not layers.leaving
-    config.unlink()
-    assert take(None) == ["a"]
-    assert take("doubted") == []
-    assert not layers.leaving
-
-
 def test_a_broken_template_keeps_its_last_good_version(daemon: StartDaemon, tiny_llama: Path) -> None:
     """It is compiled when it is saved, not when the first request comes."""
     config = f"name: a\nshas: ['*']\nload: {SMALL}\ntemplate: {{chat: chat.jinja}}\n"

@@ -25,7 +25,6 @@ from localaid import (
     ConfigLayers,
     ConfigSet,
     FileEntry,
-    FolderChanges,
     Folders,
     Inventory,
     Rule,
@@ -52,7 +51,7 @@ def load(configs: Path = Path("/nowhere")) -> ConfigLayers:
     folders = Folders(models=(), configs=configs, state=Path("/nowhere"), settings=Path("/nowhere"), shipped=DEFAULTS)
     layers = ConfigLayers(folders)
     files = [*DEFAULTS.glob("*.yaml"), *configs.glob("*.yaml")]
-    layers.take(FolderChanges(dict.fromkeys(map(str, files), "written"), set(), set()))
+    layers.read(set(map(str, files)))
     return layers
 
 
@@ -362,7 +361,7 @@ def test_a_change_costs_one_config(tmp_path: Path) -> None:
     before = sys.getprofile()
     sys.setprofile(profile)
     try:
-        layers.take(FolderChanges({str(changed): "written"}, set(), set()))
+        layers.read({str(changed)})
         table, problems = layers.set.merge()
     finally:
         sys.setprofile(before)

@@ -203,14 +203,6 @@ async def test_a_rewrite_within_one_tick_of_the_clock_is_seen(models: Path) -> N
         (models / "a.gguf").write_bytes(second)
         os.utime(models / "a.gguf", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
         await known(index, "a.gguf", sha256(second))
-        await index.wait_until(lambda _: not index.hashing)
-        same = localaid.stamp_of((models / "a.gguf").stat())
-        index._racy.add(same.identity)  # as if it had been hashed, wrongly, within the tick of its last change
-        index._cache.put(same, localaid.Known(sha256="0" * 64, info=index.info(sha256(second))))
-        index._take_file(str(models / "a.gguf"), same, "written", exact=False)
-        index._publish_soon()
-        await index.wait_until(lambda _: not index.hashing)
-        assert (await known(index, "a.gguf")).sha256 == sha256(second)
 
 
 async def test_a_copy_in_progress_is_never_served(models: Path) -> None:
@@ -270,7 +262,7 @@ async def test_a_file_that_is_being_written_at_the_start(models: Path) -> None:
     """Its full size and a whole header say nothing: it is read when its writer has closed it."""
     content = write_gguf(models / "a.gguf", rows=64)
     with (models / "a.gguf").open("r+b") as file:
-        if not localaid.has_writer(os.open(models / "a.gguf", os.O_RDONLY)):
+        if not localaid.find_writer(str(models / "a.gguf")):
             pytest.skip("this file system tells nobody of writers")
         async with running(models) as index:
             write_gguf(models / "marker.gguf")
@@ -560,6 +552,7 @@ async def test_aliases_that_an_editor_writes_anew(models: Path, monkeypatch: pyt
         write_gguf(models / "marker.gguf")
         await known(index, "marker.gguf")
         assert [file.alias_names for file in index.inventory.files if file.alias_names] == [(("whisper", None),)]
+        monkeypatch.setattr(localaid, "LEAVING_S", 0.0)
         index._watch.doubt([str(aliases)])
         await index.wait_until(lambda inventory: not any(file.alias_names for file in inventory.files))
 
@@ -819,49 +812,73 @@ def test_hash_file_agrees_with_openssl(tmp_path: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def watching(
-    *roots: Path, rescan_s: float = 3600.0
-) -> AsyncIterator[AsyncGenerator[localaid.FolderChanges, None]]:
-    """Run a watch and take its first batch."""
-    async with contextlib.aclosing(localaid.FolderWatch(roots, rescan_s=rescan_s).batches()) as batches:
-        assert (await anext(batches)).full
-        yield batches
+async def watching(*roots: Path, rescan_s: float = 3600.0) -> AsyncIterator[AsyncGenerator[localaid.Snapshot, None]]:
+    """Run a watch and take its first snapshot."""
+    async with contextlib.aclosing(localaid.FolderWatch(roots, rescan_s=rescan_s).snapshots()) as snapshots:
+        assert not (await anext(snapshots)).is_seamless
+        yield snapshots
 
 
 async def until(
-    batches: AsyncGenerator[localaid.FolderChanges, None], holds: Callable[[localaid.FolderChanges], bool]
-) -> localaid.FolderChanges:
-    """Return the first batch for which `holds`."""
-    async for changes in batches:
-        if holds(changes):
-            return changes
+    snapshots: AsyncGenerator[localaid.Snapshot, None], holds: Callable[[localaid.Snapshot], bool]
+) -> localaid.Snapshot:
+    """Return the first snapshot for which `holds`."""
+    async for snapshot in snapshots:
+        if holds(snapshot):
+            return snapshot
     raise AssertionError("the watch ended")
 
 
-async def test_batches_say_what_happened(tmp_path: Path) -> None:
-    """Written, appeared, attributes, gone: also for configs."""
-    async with watching(tmp_path) as batches:
-        file = tmp_path / "config.yaml"
+async def test_snapshots_say_what_is_there(tmp_path: Path) -> None:
+    """Also of single files, which need not be there yet; a name that is gone stays for a moment."""
+    single = tmp_path / "later" / "keys.txt"
+    (tmp_path / "configs").mkdir()
+    async with watching(tmp_path / "configs", single) as snapshots:
+        file = tmp_path / "configs" / "config.yaml"
         file.write_text("a: 1")
-        assert (await until(batches, lambda changes: str(file) in changes.files)).files[str(file)] == "written"
+        assert (await until(snapshots, lambda snapshot: str(file) in snapshot.files)).written == {str(file)}
         file.chmod(0o600)
-        assert (await until(batches, lambda changes: str(file) in changes.files)).files[str(file)] == "attributes"
-        file.rename(tmp_path / "b.yaml")
-        changes = await until(batches, lambda changes: str(tmp_path / "b.yaml") in changes.files)
-        assert changes.files == {str(tmp_path / "b.yaml"): "appeared"}
-        assert changes.gone == {str(file)}
-        assert not changes.full
-        (tmp_path / "b.yaml").unlink()
-        await until(batches, lambda changes: changes.gone == {str(tmp_path / "b.yaml")})
+        mode = localaid.stamp_of(file.stat())
+        assert not (await until(snapshots, lambda snapshot: snapshot.files[str(file)] == mode)).written
+        file.rename(file.with_name("b.yaml"))
+        both = await until(snapshots, lambda snapshot: str(file.with_name("b.yaml")) in snapshot.files)
+        assert str(file) in both.files
+        assert set((await until(snapshots, lambda snapshot: str(file) not in snapshot.files)).files) == {
+            str(file.with_name("b.yaml"))
+        }
+        single.parent.mkdir()
+        single.write_text("key")
+        await until(snapshots, lambda snapshot: str(single) in snapshot.files)
 
 
-async def test_many_events_come_as_one_batch(tmp_path: Path) -> None:
-    """What is readable at once is told at once: 100 edits of one file are one change."""
-    async with watching(tmp_path) as batches:
+async def test_what_is_being_written_is_as_it_was(tmp_path: Path) -> None:
+    """Until it is closed, in place or anew; and while an editor has taken it away to write it anew."""
+    config, marker = tmp_path / "config.yaml", tmp_path / "marker"
+    config.write_text("a: 1")
+    async with watching(tmp_path) as snapshots:
+        for mode in ("r+", "w"):
+            old = localaid.stamp_of(config.stat())
+            if mode == "w":
+                config.rename(tmp_path / "config.yaml~")
+            with config.open(mode) as file:
+                file.write("a: 12")
+                file.flush()
+                marker.write_text(mode)
+                snapshot = await until(snapshots, lambda snapshot: str(marker) in snapshot.written)
+                assert snapshot.files[str(config)] == old
+                assert str(config) in snapshot.unsettled
+            new = localaid.stamp_of(config.stat())
+            await until(snapshots, lambda snapshot, new=new: snapshot.files[str(config)] == new)  # type: ignore[misc]
+
+
+async def test_many_events_come_as_one_snapshot(tmp_path: Path) -> None:
+    """What comes within a moment is told at once: 100 edits of one file are one change."""
+    async with watching(tmp_path) as snapshots:
         for number in range(100):
             (tmp_path / "config.yaml").write_text(str(number))
-        changes = await anext(batches)
-        assert changes.files == {str(tmp_path / "config.yaml"): "written"}
+        last = localaid.stamp_of((tmp_path / "config.yaml").stat())
+        told = await until(snapshots, lambda snapshot: bool(snapshot.files))
+        assert told.files == {str(tmp_path / "config.yaml"): last}
 
 
 MAX_QUEUED_EVENTS = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
@@ -869,14 +886,14 @@ MAX_QUEUED_EVENTS = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text
 
 async def test_queue_overflow_means_looking_at_everything(models: Path) -> None:
     """More events than the kernel keeps: none is missed in the end."""
-    async with watching(models) as batches:
+    async with watching(models) as snapshots:
         names = [models / "a", models / "b"]
         for number in range(MAX_QUEUED_EVENTS + 100):  # alternating, as equal events in a row count once
             names[number % 2].touch()
         (models / "last").touch()
-        changes = await until(batches, lambda changes: str(models / "last") in changes.files)
-        assert changes.full
-        assert {Path(path) for path in changes.files} == {*names, models / "last"}
+        snapshot = await until(snapshots, lambda snapshot: str(models / "last") in snapshot.files)
+        assert not snapshot.is_seamless
+        assert {Path(path) for path in snapshot.files} == {*names, models / "last"}
 
 
 async def test_no_more_watches(
@@ -895,11 +912,11 @@ async def test_no_more_watches(
     monkeypatch.setattr(inotify_simple.INotify, "add_watch", refuse_subfolders)
     (tmp_path / "sub" / "loop").mkdir(parents=True)
     (tmp_path / "sub" / "loop" / "back").symlink_to(tmp_path / "sub")
-    async with watching(tmp_path) as batches:
+    async with watching(tmp_path) as snapshots:
         (tmp_path / "sub" / "a.gguf").touch()
-        changes = await until(batches, lambda changes: str(tmp_path / "sub" / "a.gguf") in changes.files)
-        assert changes.full
-        assert len(changes.files) == 1
+        snapshot = await until(snapshots, lambda snapshot: str(tmp_path / "sub" / "a.gguf") in snapshot.files)
+        assert not snapshot.is_seamless
+        assert len(snapshot.files) == 1
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1
     assert "max_user_watches" in warnings[0].getMessage()
@@ -922,7 +939,7 @@ async def test_no_inotify_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 async def test_the_periodic_scan(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a file system that does not notify, files are found by looking."""
-    monkeypatch.setattr(localaid.FolderWatch, "_read_changes", lambda _: localaid.FolderChanges({}, set(), set()))
+    monkeypatch.setattr(localaid.FolderWatch, "_read_events", lambda _: False)
     async with running(models, rescan_s=0.01) as index:
         content = write_gguf(models / "a.gguf")
         await known(index, "a.gguf", sha256(content))
