@@ -20390,8 +20390,14 @@ class ConfigLayers:
         """How many files have been read."""
         return len(self._uses)
 
-    def take(self, files: Mapping[str, Stamp]) -> bool:
-        """Take what is in the folders; return whether anything had to be read.  Blocking: for a thread."""
+    def take(self, files: Mapping[str, Stamp], leaving: AbstractSet[str] = frozenset()) -> bool:
+        """Take what is in the folders; return whether anything had to be read.  Blocking: for a thread.
+
+        A file of the user's that is `leaving` stays: many an editor takes the old one away before it writes the new
+        one, which would lose requests in between, and the last good version where the new one is broken.
+        """
+        gone = {file for file in leaving if self._folders.layer_of(file) != "user"}
+        files = {file: stamp for file, stamp in files.items() if file not in gone}
         before, self._stamps = self._stamps, files
         changed = {file for file, stamp in files.items() if before.get(file) != stamp}
         return self.read(changed, before.keys() - files.keys())
@@ -20669,7 +20675,7 @@ class Daemon:
                 if seen.is_set() and before != key_stamps:
                     self.reload_keys()
                 configs = {path: stamp for path, stamp in files.items() if path not in key_files}
-                if await asyncio.to_thread(self._layers.take, configs):
+                if await asyncio.to_thread(self._layers.take, configs, snapshot.leaving):
                     self._replace_table()
                 elif snapshot.closed or self._folder_problems:  # perhaps it is there again, with nothing in it
                     self._check_folders()
