@@ -14011,11 +14011,11 @@ def _sync_folder(folder: Path) -> None:
 
 # == 13. INDEX: which model files are there, and their SHAs (asyncio, threads) =========================================
 #
-# `FolderWatch` turns inotify into batches of `FolderChanges`; `ModelIndex` owns what is known of the model folders and
-# replaces `inventory` in one assignment; `HashThreads` read headers and hash beside the event loop, smallest rest
-# first; `DigestCache` remembers by (device, inode, size, mtime, ctime), so that a restart reads no file.
-# Always: an event only says where to look, what counts is the file's state then; a folder is watched before it is
-# listed, so nothing falls between; overflow, and every `rescan_s` seconds, mean looking at everything again.
+# `FolderWatch` makes a `Snapshot` of what is there whenever anything happens; `ModelIndex` owns what is known of the
+# model folders and replaces `inventory` in one assignment; `HashThreads` read headers and hash beside the event loop,
+# smallest rest first; `DigestCache` remembers by (device, inode, size, mtime, ctime): a restart reads no file.
+# Always: an event only says that it is time to look, what counts is the stamps then; a folder is watched before it is
+# listed, so nothing falls between; what somebody writes to, or has just taken away, is told of as it was before.
 # A file is known by the bytes that were hashed: when its stamp changed meanwhile the digest is thrown away, and what
 # a load finds changed is doubted and waited for.  A split model is one entry, under the path and SHA of its first part
 # (what is published of such a model is one SHA a part), served when all parts are whole and agree.

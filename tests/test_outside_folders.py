@@ -18,6 +18,8 @@ import pytest
 
 import localaid
 from conftest import PROGRAM, Daemon, StartDaemon
+from models import write_tiny_llama
+from processes import LocalaidProcess, cpu_seconds
 
 pytestmark = pytest.mark.outside
 NESTED = "[" * 100_000  # deeper than any reader of JSON or YAML goes
@@ -126,3 +128,67 @@ async def test_a_daemon_whose_watch_has_died_ends(tmp_path: Path, which: str) ->
     task.cancel()
     with pytest.raises(RuntimeError, match=which):
         await asyncio.wait_for(running, 30)
+
+
+# -- what is saved is in force --
+
+
+def test_a_configs_folder_that_is_replaced(daemon: StartDaemon, tiny_llama: Path) -> None:
+    """`mv configs old; mkdir configs`: what was in it is gone, without a problem, and what comes is seen."""
+    served = daemon([tiny_llama], {"old.yaml": "name: old\nshas: ['*']\n"})
+    served.configs.rename(served.folder / "away")
+    served.configs.mkdir()
+    until(lambda: "old" not in names(served))
+    assert problems(served) == []
+    served.write_config("new.yaml", "name: new\nshas: ['*']\n")
+    until(lambda: "new" in names(served))
+
+
+def test_without_inotify_folders_are_looked_at_now_and_then(tmp_path: Path) -> None:
+    """The kernel's instances are used up; a config that is deleted is gone, and nothing spins."""
+    refusing = tmp_path / "refusing.py"
+    refusing.write_text(
+        "import errno, os, inotify_simple\n"
+        "def refuse(): raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))\n"
+        "inotify_simple.INotify = refuse\n"
+        "from localaid import main\n"
+    )
+    for folder in ("models", "configs", "state"):
+        (tmp_path / folder).mkdir()
+    write_tiny_llama(tmp_path / "models" / "tiny-llama.gguf")
+    configs, settings = tmp_path / "configs", tmp_path / "localaid.yaml"
+    (configs / "a.yaml").write_text("name: a\nshas: ['*']\n")
+    settings.write_text("rescan: 1s\n")
+    arguments = ["serve", "--listen", "127.0.0.1:0", "--settings", str(settings)]
+    for folder in ("models", "configs", "state"):
+        arguments += [f"--{folder}", str(tmp_path / folder)]
+    process = LocalaidProcess("refusing", arguments, {"PYTHONPATH": f"{tmp_path}:{PROGRAM.parent}"})
+    process.wait_ready()
+    served = Daemon(process, tmp_path / "models", configs, tmp_path / "state", settings)
+    try:
+        assert "fs.inotify.max_user_instances" in served.log
+        until(lambda: "a" in names(served))
+        (configs / "a.yaml").unlink()
+        until(lambda: "a" not in names(served))
+        served.write_config("b.yaml", "name: b\nshas: ['*']\n")
+        until(lambda: "b" in names(served))
+        before = cpu_seconds(served.pid)
+        time.sleep(2)
+        assert cpu_seconds(served.pid) - before < 1
+    finally:
+        assert process.stop() == 0
+
+
+def test_a_config_that_an_editor_writes_anew(daemon: StartDaemon, tiny_llama: Path) -> None:
+    """It takes the old file away first: no request finds the name gone, and a broken one keeps what was good."""
+    good = "name: edited\nshas: ['*']\n"
+    served = daemon([tiny_llama], {"edited.yaml": good})
+    file = served.configs / "edited.yaml"
+    for content in (good + "temperature: 0.5\n", good + "top_q: 1\n"):
+        file.rename(served.folder / "backup")
+        assert "edited" in names(served)
+        file.write_text(content)
+        until(lambda: bool(problems(served)) == ("top_q" in content))  # noqa: B023 - called at once
+        assert "edited" in names(served)
+    file.unlink()
+    until(lambda: "edited" not in names(served))
