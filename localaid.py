@@ -14067,6 +14067,7 @@ class Snapshot(NamedTuple):
     unsettled: dict[str, Stamp]  # what is not complete, as it is now
     leaving: set[str]  # what is away, perhaps only for a moment: also in `files`
     written: set[str]  # closed by a writer since the last snapshot
+    special: set[str]  # those of `files` that are pipes, sockets, devices
     closed: set[str]  # folders that cannot be listed
     is_seamless: bool  # the kernel has told of every write since the last one
 
@@ -14077,6 +14078,7 @@ class _Seen(NamedTuple):
     stamp: Stamp
     keys: tuple[tuple[int, str], ...]  # (watch, name) of the events that tell of it
     is_linked: bool  # it has another name, under which it was written
+    is_special: bool = False  # a pipe, a socket, a device
 
 
 class FolderWatch:
@@ -14188,11 +14190,13 @@ class FolderWatch:
             time.sleep(_SETTLED_NS / 1e9)  # rather than to tell of it twice
             seen = self._look()
         self._due, now = math.inf, time.monotonic()
-        snapshot = Snapshot({}, {}, set(), set(), self._closed, is_seamless and not self._is_unwatched)
+        snapshot = Snapshot({}, {}, set(), set(), set(), self._closed, is_seamless and not self._is_unwatched)
         for path, one in seen.items():
             left_ns = self._settles_in_ns(one, before.get(path), path, is_first=is_first)
             if left_ns == 0:
                 snapshot.files[path] = one.stamp
+                if one.is_special:
+                    snapshot.special.add(path)
                 if path in doubted or any(self._events.get(key, 0) & _IN.CLOSE_WRITE for key in one.keys):
                     snapshot.written.add(path)
             else:
@@ -14280,9 +14284,10 @@ class FolderWatch:
                     keys += self._await_path(path)
                 if entry.is_dir():
                     below.append(path)
-                elif entry.is_file():
-                    status = entry.stat()
-                    seen[path] = _Seen(stamp_of(status), keys, is_linked=len(keys) > 1 or status.st_nlink > 1)
+                else:
+                    status, is_linked = entry.stat(), len(keys) > 1
+                    is_special = not stat.S_ISREG(status.st_mode)
+                    seen[path] = _Seen(stamp_of(status), keys, is_linked or status.st_nlink > 1, is_special)
             except PermissionError:
                 if not entry.is_symlink():
                     raise
@@ -14816,9 +14821,10 @@ class ModelIndex:
         incomplete = {path: stamp for path, stamp in snapshot.unsettled.items() if is_first or path in before}
         there = {stamp.identity for path, stamp in snapshot.files.items() if path not in snapshot.leaving}
         moved = {path for path in snapshot.leaving if snapshot.files[path].identity in there}
+        left_out = moved | snapshot.special
         self._misnamed = {path for path in snapshot.files.keys() - moved if show_name(path) != path}
         for path, stamp in (snapshot.files | incomplete).items():
-            if path not in moved and path not in self._manifests and _may_be_model(path):
+            if path not in left_out and path not in self._manifests and _may_be_model(path):
                 self._files[path] = stamp
         self._doubted = {path for path in self._files if path in snapshot.unsettled or self._watch.is_doubted(path)}
         written = {snapshot.files[path].identity for path in snapshot.written}

@@ -105,7 +105,7 @@ LONG_SECTIONS: dict[str, tuple[int, str]] = {  # section -> (its own limit, why 
     "WORKER": (640, "the two threads of a model's process share their table"),
     "FETCH": (870, "the folder of sets, the fetch of one with all that can go wrong, and who says when"),
     "PULL": (930, "a download with its mirrors and all their faults, the journal, and the line of those that wait"),
-    "INDEX": (1200, "the folder watch, the hash threads, the digest cache and the listing, which share their structs"),
+    "INDEX": (1190, "the folder watch, the hash threads, the digest cache and the listing, which share their structs"),
     "SUPERVISOR": (1110, "one owner for each worker from its queue to its process's end"),
     "HTTP": (750, "how a request is resolved, waits, streams, and is told of"),
     "ROUTES": (520, "a row a route, and the handlers of what the daemon tells of itself"),
