@@ -479,8 +479,8 @@ class ContextLengthExceeded(LocalaidError):
     def __str__(self) -> str:
         """Return the sentence for the user."""
         return (
-            f"This model's context is {self.ctx_size} tokens, but the prompt has {self.prompt_tokens}; "
-            "shorten it, or raise ctx_size in the rule."
+            f"This model's maximum context length is {self.ctx_size} tokens, but the prompt has {self.prompt_tokens} "
+            "tokens; shorten it, or raise ctx_size in the rule."
         )
 
 
@@ -5267,6 +5267,9 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[bytes, float]] = []
 
 
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class ContentPart(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One part of a message's content; only text parts can be served for now."""
 
@@ -5279,7 +5282,7 @@ class FunctionCall(msgspec.Struct, kw_only=True):
     """The function that an assistant called, with its arguments as JSON text."""
 
     name: str
-    arguments: str = "{}"
+    arguments: str | None = "{}"
 
 
 class ToolCall(msgspec.Struct, kw_only=True):
@@ -5396,8 +5399,8 @@ class ChatRequest(GenerationRequest, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], msgspec.Meta(min_length=1)]
-    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    chat_template_kwargs: dict[str, object] | None = None  # any JSON
+    reasoning_effort: Effort | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
     tools: Annotated[list[ToolDefinition], msgspec.Meta(max_length=TOOLS_PER_REQUEST)] | None = None
@@ -5449,7 +5452,7 @@ def parse_chat_request(body: bytes) -> ChatRequest:
     for place, message in enumerate(request.messages):
         param = f"messages[{place}].content"
         if isinstance(message.content, list):
-            message.content = _join_parts(message.content, param)
+            message.content = _join_parts(message.content, param, notes=message.role == "tool")
         elif message.content is None and message.role != "assistant":
             raise BadRequest(param=param, problem="must be a string or a list of parts, not null")
         if message.function_call is not None:
@@ -5601,17 +5604,10 @@ def tooling_of(request: ChatRequest) -> Tooling:
     return Tooling(tools=tools, choice=choice, function=function, parallel=parallel)
 
 
-def template_kwargs_of(request: ChatRequest) -> dict[str, bool | int | float | str]:
-    """Return what a chat's template is told beside the messages; `chat_template_kwargs` win over `reasoning_effort`.
-
-    Templates know the effort under three names: `reasoning_effort` (gpt-oss), `enable_thinking` (Qwen) and `thinking`
-    (DeepSeek, Granite).
-    """
-    kwargs: dict[str, bool | int | float | str] = {}
-    if request.reasoning_effort is not None:
-        thinks = request.reasoning_effort != "none"
-        kwargs = {"reasoning_effort": request.reasoning_effort, "enable_thinking": thinks, "thinking": thinks}
-    return kwargs | (request.chat_template_kwargs or {})
+def template_kwargs_of(request: ChatRequest) -> dict[str, object]:
+    """Return what a chat's template is told beside the messages; `chat_template_kwargs` win over `reasoning_effort`."""
+    effort = {"reasoning_effort": request.reasoning_effort} if request.reasoning_effort is not None else {}
+    return effort | (request.chat_template_kwargs or {})
 
 
 def _decode_request(decoder: msgspec.json.Decoder[RequestT], body: bytes) -> RequestT:
@@ -5638,10 +5634,21 @@ def _refuse_unserved(request: ChatRequest) -> None:
             raise UnsupportedParameter(param=param, problem="is not supported: localaid takes and gives text only")
 
 
-def _join_parts(parts: list[ContentPart], param: str) -> str:
-    """Return a message's text parts as one text, a line each.  Raises `BadRequest` for images, audio and files."""
+def note_left_out(kind: str) -> str:
+    """Return what stands for a part that the model cannot read; a 400 would end the session with the tool's result."""
+    return f"[{kind[:100]} left out: this model reads text only]"
+
+
+def _join_parts(parts: list[ContentPart], param: str, *, notes: bool = False) -> str:
+    """Return a message's text parts as one text, a line each; `notes`: with a note in place of others.
+
+    Raises `BadRequest` for images, audio and files.
+    """
     texts = []
     for place, part in enumerate(parts):
+        if part.type not in TEXT_PART_TYPES and notes:
+            texts.append(note_left_out(part.type))
+            continue
         if part.type not in TEXT_PART_TYPES:
             problem = f"is a part of type `{part.type}`, and localaid takes text only; leave it out"
             raise UnsupportedParameter(param=f"{param}[{place}]", problem=problem)
@@ -5771,7 +5778,7 @@ class Answer:
             call = self.calls[delta.index]
             call.id = call.id or delta.id
             call.function.name = call.function.name or delta.name
-            call.function.arguments += delta.arguments
+            call.function.arguments = (call.function.arguments or "") + delta.arguments
 
 
 class TopLogprob(msgspec.Struct, kw_only=True):
@@ -5928,6 +5935,9 @@ class ModelCard(msgspec.Struct, kw_only=True):
     created: int  # the file's mtime, seconds since the epoch
     owned_by: str = "localaid"
     aliases: tuple[str, ...] = ()  # further names of the same file
+    context_length: int | None = None  # tokens of one sequence; also under vLLM's name
+    max_model_len: int | None = None
+    abilities: tuple[Literal["chat", "tools", "reasoning", "embeddings", "rerank"], ...] = ()
     localaid: ModelExtension
 
 
@@ -5939,12 +5949,14 @@ class ModelList(msgspec.Struct, kw_only=True):
 
 
 class ErrorDetail(msgspec.Struct, kw_only=True):
-    """OpenAI's description of an error."""
+    """OpenAI's description of an error; of a prompt that is too long also llama-server's numbers."""
 
     message: str
     type: str
     param: str | None
     code: str | None
+    n_prompt_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    n_ctx: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class ErrorEnvelope(msgspec.Struct, kw_only=True):
@@ -6086,7 +6098,25 @@ def render_json(answer: msgspec.Struct) -> bytes:
 def render_error(error: LocalaidError) -> bytes:
     """Return OpenAI's error envelope; the HTTP status is `error.status`."""
     detail = ErrorDetail(message=str(error), type=error.type, param=error.param, code=error.code)
+    if isinstance(error, ContextLengthExceeded):
+        detail.n_prompt_tokens, detail.n_ctx = error.prompt_tokens, error.ctx_size
     return _ENCODE(ErrorEnvelope(error=detail))
+
+
+# Of a chat's fields, what the other APIs call them.
+_NAMES_ELSEWHERE: Final[Mapping[str, Mapping[str, str]]] = {
+    RESPONSES: {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"},
+    MESSAGES: {"response_format": "output_config.format", "stop": "stop_sequences"},
+}
+
+
+def rename_param(error: LocalaidError, path: str) -> LocalaidError:
+    """Return an error of the chat that a request of another API became, in the words of that API."""
+    fields = next((names for base, names in _NAMES_ELSEWHERE.items() if base.endswith(path.removeprefix("/v1"))), {})
+    first, rest = re.match(r"(\w*)(.*)", error.param or "", re.DOTALL).groups()  # type: ignore[union-attr] # matches any
+    if first not in fields or "param" not in {item.name for item in dataclasses.fields(error)}:
+        return error
+    return dataclasses.replace(error, param=fields[first] + (rest or ""))  # type: ignore[call-arg] # it has the field
 
 
 def render_sse(event: msgspec.Struct) -> bytes:
@@ -6476,7 +6506,6 @@ def _piece_of(raw: bytes) -> str | list[int]:
 # closes it.  Ids of items are their response's with the item's place in it, so that nothing here is random.
 # `ResponseStore` keeps responses for `previous_response_id`: for a time, a count and a size, and for their owner only.
 
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 LOGPROBS_INCLUDED: Final = "message.output_text.logprobs"
 
@@ -6530,6 +6559,7 @@ class CallItem(msgspec.Struct, kw_only=True, tag="function_call"):
     name: str
     arguments: str
     status: ItemStatus = "completed"
+    namespace: str | msgspec.UnsetType = msgspec.UNSET  # of the function, where it came in one
 
 
 class CallOutputItem(msgspec.Struct, kw_only=True, tag="function_call_output"):
@@ -6557,13 +6587,22 @@ class InputItem(msgspec.Struct, kw_only=True):
     call_id: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     name: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     arguments: str | None = None
+    input: str | None = None  # of a custom tool's call
     output: str | list[ContentPart] | None = None
+
+
+class Typed(msgspec.Struct, kw_only=True):
+    """What every item and tool says of itself."""
+
+    type: str | None = None
 
 
 class ResponseTool(msgspec.Struct, kw_only=True):
     """A function that the model may call; `parameters` is a JSON schema of its arguments."""
 
     type: str
+    namespace: str | msgspec.UnsetType = msgspec.UNSET  # of a function that came in one: its calls name it
+    tools: list[msgspec.Raw] | msgspec.UnsetType = msgspec.UNSET  # of a namespace
     name: Annotated[str, msgspec.Meta(max_length=256)] = ""
     description: str | None = None
     parameters: dict[str, object] | None = None
@@ -6662,7 +6701,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     presence_penalty: Penalty | None = None
     seed: int | None = None
     stop: str | Annotated[list[str], msgspec.Meta(max_length=16)] | None = None
-    chat_template_kwargs: dict[str, bool | int | float | str] | None = None
+    chat_template_kwargs: dict[str, object] | None = None  # any JSON
 
     @property
     def wants_logprobs(self) -> bool:
@@ -6672,7 +6711,12 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
 
 _RESPONSE_DECODER: Final = msgspec.json.Decoder(ResponseRequest)
 _ITEM_DECODER: Final = msgspec.json.Decoder(InputItem)
+_TYPE_DECODER: Final = msgspec.json.Decoder(Typed)
 _TOOL_DECODER: Final = msgspec.json.Decoder(ResponseTool)
+_ITEM_TYPES: Final = frozenset(
+    "message reasoning function_call function_call_output custom_tool_call custom_tool_call_output "
+    "item_reference".split()
+)
 _SHARED_FIELDS: Final = (  # that a chat has under the same name and with the same meaning
     *("model", "stream", "user", "temperature", "top_p", "top_k", "min_p", "repeat_penalty", "frequency_penalty"),
     *("presence_penalty", "seed", "stop", "chat_template_kwargs"),
@@ -6702,24 +6746,34 @@ def _decode_part(decoder: msgspec.json.Decoder[BodyT], raw: msgspec.Raw, param: 
         raise BadRequest(param=f"{param}.{error.param}" if error.param else param, problem=error.problem) from error
 
 
-def _tools_of(request: ResponseRequest) -> list[ResponseTool]:
-    """Return a request's tools.  Raises `BadRequest` for those that run on OpenAI's servers."""
-    tools = []
-    for place, raw in enumerate(request.tools or ()):
-        tool = _decode_part(_TOOL_DECODER, raw, f"tools[{place}]")
-        if tool.type != "function":
-            problem = f"is `{tool.type}`, and localaid knows `function` only; leave this tool out, or offer it as one"
-            raise UnsupportedParameter(param=f"tools[{place}].type", problem=problem)
+def _tools_of(request: ResponseRequest, left_out: list[str]) -> list[ResponseTool]:
+    """Return a request's functions; those that run on OpenAI's servers, or in Codex itself, go to `left_out`."""
+    tools: list[ResponseTool] = []
+    space: str | msgspec.UnsetType = msgspec.UNSET
+    todo = [(f"tools[{place}]", raw, space) for place, raw in enumerate(request.tools or ())]
+    for where, raw, namespace in todo:  # grows while it is walked
+        kind = _decode_part(_TYPE_DECODER, raw, where).type
+        if kind not in ("function", "namespace"):
+            left_out.append(f"tool `{kind}`")
+            continue
+        tool = _decode_part(_TOOL_DECODER, raw, where)
         if not tool.name:
-            raise BadRequest(param=f"tools[{place}].name", problem="is missing")
-        tools.append(tool)
+            raise BadRequest(param=f"{where}.name", problem="is missing")
+        if kind == "namespace":
+            todo += [(f"{where}.tools[{place}]", inner, tool.name) for place, inner in enumerate(tool.tools or [])]
+        else:
+            tools.append(msgspec.structs.replace(tool, namespace=namespace))
     return tools
 
 
 def _items_of(
-    request: ResponseRequest, response_id: str, history: Sequence[Item], find_item: Callable[[str], Item | None]
+    request: ResponseRequest,
+    response_id: str,
+    history: Sequence[Item],
+    find_item: Callable[[str], Item | None],
+    left_out: list[str],
 ) -> list[Item]:
-    """Return a request's input as items.  Raises `BadRequest`."""
+    """Return a request's input as items; those of tools that are not served go to `left_out`.  Raises `BadRequest`."""
     if isinstance(request.input, str):
         content: list[InputText | OutputText] = [InputText(text=request.input)]
         return [MessageItem(id=_item_id("msg", response_id, 0), role="user", content=content)]
@@ -6727,6 +6781,10 @@ def _items_of(
     calls = {item.call_id for item in history if isinstance(item, CallItem)}
     for place, raw in enumerate(request.input):
         where = f"input[{place}]"
+        kind = _decode_part(_TYPE_DECODER, raw, where).type
+        if kind is not None and kind not in _ITEM_TYPES:
+            left_out.append(f"item `{kind}`")
+            continue
         given = _decode_part(_ITEM_DECODER, raw, where)
         is_reference = given.type is None and given.role is None and given.id is not None
         if given.type == "item_reference" or is_reference:
@@ -6753,7 +6811,7 @@ def _item_of(given: InputItem, where: str, response_id: str, place: int) -> Item
         value = getattr(given, name)
         if value is None:
             raise BadRequest(param=f"{where}.{name}", problem="is missing")
-        return value if isinstance(value, str) else _join_parts(value, f"{where}.{name}")
+        return value if isinstance(value, str) else _join_parts(value, f"{where}.{name}", notes=name == "output")
 
     def item_id(prefix: str) -> str:
         return given.id or _item_id(prefix, response_id, place)
@@ -6770,11 +6828,11 @@ def _item_of(given: InputItem, where: str, response_id: str, place: int) -> Item
         case "function_call":
             call_id, name, arguments = required("call_id"), required("name"), required("arguments")
             return CallItem(id=item_id("fc"), call_id=call_id, name=name, arguments=arguments)
-        case "function_call_output":
-            return CallOutputItem(id=item_id("fco"), call_id=required("call_id"), output=required("output"))
+        case "custom_tool_call":
+            arguments = _ENCODE({"input": given.input or ""}).decode()
+            return CallItem(id=item_id("fc"), call_id=required("call_id"), name=required("name"), arguments=arguments)
         case _:
-            problem = f"is `{given.type}`, and localaid takes messages, function calls and reasoning only; leave it out"
-            raise UnsupportedParameter(param=f"{where}.type", problem=problem)
+            return CallOutputItem(id=item_id("fco"), call_id=required("call_id"), output=required("output"))
 
 
 def _item_id(prefix: str, response_id: str, place: int) -> str:
@@ -6887,6 +6945,7 @@ class ResponsePlan:
     inputs: list[Item]  # of earlier responses, then the request's own
     response: Response  # in progress
     wants_logprobs: bool
+    left_out: tuple[str, ...] = ()  # tools and items that are not served here
 
 
 def plan_response(
@@ -6901,9 +6960,10 @@ def plan_response(
 
     `history` is the context of the response before; its instructions are not in it, as OpenAI documents.
     """
-    tools = _tools_of(request)
-    inputs = [*history, *_items_of(request, response_id, history, find_item)]
-    if not inputs:
+    left_out: list[str] = []
+    tools = _tools_of(request, left_out)
+    inputs = [*history, *_items_of(request, response_id, history, find_item, left_out)]
+    if not inputs and not request.instructions:
         raise BadRequest(param="input", problem="is missing: send a string or a list with at least one item")
     text = request.text or TextConfig()
     response = Response(
@@ -6928,7 +6988,13 @@ def plan_response(
         user=request.user or msgspec.UNSET,
     )
     chat = _chat_of(request, render_messages(request.instructions, inputs), tools)
-    return ResponsePlan(chat=chat, inputs=inputs, response=response, wants_logprobs=request.wants_logprobs)
+    return ResponsePlan(
+        chat=chat,
+        inputs=inputs,
+        response=response,
+        wants_logprobs=request.wants_logprobs,
+        left_out=tuple(dict.fromkeys(left_out)),
+    )
 
 
 def render_messages(instructions: str | None, items: Sequence[Item]) -> list[ChatMessage]:
@@ -7121,7 +7187,11 @@ class ResponseRenderer:
     def _new_call(self, call: CallDelta) -> CallItem:
         item_id = self._next_id("fc")
         call_id = call.id or item_id.replace("fc_", "call_", 1)
-        return CallItem(id=item_id, call_id=call_id, name=call.name, arguments="", status="in_progress")
+        tool = next((tool for tool in self.response.tools if tool.name == call.name), None)
+        space = tool.namespace if tool is not None else msgspec.UNSET
+        return CallItem(
+            id=item_id, call_id=call_id, name=call.name, arguments="", status="in_progress", namespace=space
+        )
 
     def _open(self, item: MessageItem | ReasoningItem | CallItem) -> bytes:
         """Return the events that close the open item and open `item`."""
@@ -7435,6 +7505,7 @@ class MessageRequest(CountRequest, kw_only=True):
 _MESSAGE_DECODER: Final = msgspec.json.Decoder(MessageRequest)
 _COUNT_DECODER: Final = msgspec.json.Decoder(CountRequest)
 _TURN_DECODER: Final = msgspec.json.Decoder(MessageTurn)
+_BLOCK_TYPES: Final = frozenset("text thinking redacted_thinking tool_use tool_result".split())
 _BLOCK_DECODER: Final = msgspec.json.Decoder(MessageBlock)
 _MESSAGE_TOOL_DECODER: Final = msgspec.json.Decoder(MessageTool)
 
@@ -7475,12 +7546,12 @@ def _chat_of_count(request: CountRequest) -> ChatRequest:
     output = request.output_config or OutputConfig()
     wanted = output.format or request.output_format
     schema_format = JsonSchemaFormat(json_schema=NamedSchema(schema=wanted.schema)) if wanted is not None else None
-    kwargs: dict[str, bool | int | float | str] = {}
+    kwargs: dict[str, object] = {}
     if output.effort is not None:
-        kwargs["reasoning_effort"] = "xhigh" if output.effort == "max" else output.effort  # templates know no "max"
+        kwargs["reasoning_effort"] = output.effort
     if isinstance(request.thinking, ThinkingEnabled | ThinkingAdaptive | ThinkingDisabled):
         thinks = not isinstance(request.thinking, ThinkingDisabled)
-        kwargs |= {"enable_thinking": thinks, "thinking": thinks}  # as `template_kwargs_of` knows them
+        kwargs["enable_thinking"] = thinks
     chat = ChatRequest(
         model=request.model,
         messages=_messages_of(request),
@@ -7534,7 +7605,13 @@ def _blocks_of(content: str | list[msgspec.Raw], where: str) -> list[MessageBloc
     """Return content as blocks.  Raises `BadRequest` that names the place of a wrong one."""
     if isinstance(content, str):
         return [MessageBlock(type="text", text=content)]
-    return [_decode_part(_BLOCK_DECODER, raw, f"{where}.{place}") for place, raw in enumerate(content)]
+    blocks = []
+    for place, raw in enumerate(content):
+        kind = _decode_part(_TYPE_DECODER, raw, f"{where}.{place}").type
+        known = kind is None or kind in _BLOCK_TYPES
+        found = _decode_part(_BLOCK_DECODER, raw, f"{where}.{place}") if known else MessageBlock(type=str(kind))
+        blocks.append(found)
+    return blocks
 
 
 def _texts_of(blocks: Iterable[MessageBlock], where: str) -> str:
@@ -7590,6 +7667,9 @@ def _add_turn(
                 names[call.id] = call.function.name
             case "user", "tool_result":
                 messages.append(_result_of(block, at, names))
+            case "assistant", _:  # of a tool that Anthropic's servers ran
+                message, note = _turn_of(messages, speaker), note_left_out(block.type)
+                message.content = note if message.content is None else f"{message.content}\n{note}"
             case _:
                 raise _unserved_block(block, at)
 
@@ -7615,7 +7695,12 @@ def _result_of(block: MessageBlock, where: str, names: Mapping[str, str]) -> Cha
     if call_id not in names:
         problem = f"is {call_id[:100]!r}, and no tool_use before it has that id; send the assistant's turn first"
         raise BadRequest(param=f"{where}.tool_use_id", problem=problem)
-    text = _texts_of(_blocks_of(block.content or "", f"{where}.content"), f"{where}.content")
+    text = block.content if isinstance(block.content, str) else ""
+    for place, raw in enumerate(block.content if isinstance(block.content, list) else ()):
+        at = f"{where}.content.{place}"
+        kind = _decode_part(_TYPE_DECODER, raw, at).type or ""
+        part = _texts_of([_decode_part(_BLOCK_DECODER, raw, at)], at) if kind == "text" else note_left_out(kind)
+        text = f"{text}\n{part}" if place else part
     if block.is_error:
         text = f"Error: {text}"  # templates have no other word for it
     return ChatMessage(role="tool", content=text, tool_call_id=call_id, name=names[call_id])
@@ -9560,7 +9645,7 @@ def render_chat(
     model_template: str | None,
     bos: str = "",
     eos: str = "",
-    kwargs: Mapping[str, bool | int | float | str] | None = None,
+    kwargs: Mapping[str, object] | None = None,
     now: float | None = None,
     tooling: Tooling | None = None,
 ) -> RenderedPrompt:
@@ -9585,12 +9670,29 @@ def render_chat(
         chat = [_message_variables(message, form.id_chars if form else 0) for message in messages]
         if template.label == MODEL_TEMPLATE and prompts.chat_prompt:
             chat = _open_with(prompts.chat_prompt, chat)
-        text = _render_template(template, chat, setting, variables, tools)
+        text = _render_settled(template, chat, setting, variables, tools)
         text, inside = _go_on(text, begun, reasoning)
         if reasoning is not None and not inside and (begun or text.rstrip().endswith(reasoning.end)):
             reasoning = None  # it is over before the answer begins
         rendered = RenderedPrompt(text=text, add_bos=not _begins_with(text, bos), inside=inside)
     return msgspec.structs.replace(rendered, tool_format=form, reasoning=reasoning)
+
+
+def _render_settled(
+    template: _ChatTemplate,
+    chat: list[dict[str, object]],
+    setting: _Setting,
+    kwargs: Mapping[str, object],
+    tools: Sequence[ToolDefinition],
+) -> str:
+    """Return the text of a chat by a template, in the first order of its messages that the template does not refuse."""
+    refused: TemplateRefused | None = None
+    for settled in _settle_roles(chat):
+        try:
+            return _render_template(template, [dict(message) for message in settled], setting, kwargs, tools)
+        except TemplateRefused as error:
+            refused = refused or error
+    raise refused or TemplateRefused(problem="there are none")
 
 
 def _render_template(
@@ -9619,6 +9721,33 @@ def _render_template(
         if template.wants_parts:
             message["content"] = [{"type": "text", "text": message["content"]}]
     return template.render(chat, setting, kwargs, described)
+
+
+def _settle_roles(chat: list[dict[str, object]]) -> Iterator[list[dict[str, object]]]:
+    """Yield a chat as it came, then in ever stricter orders: what a template refuses, the next one may suit.
+
+    One system message, and that first; roles that take turns; the user's turn first; no system message at all.
+    """
+    yield chat
+    system = "\n\n".join(str(message["content"]) for message in chat if message["role"] in ("system", "developer"))
+    turns = [message for message in chat if message["role"] not in ("system", "developer")]
+    opening: list[dict[str, object]] = [{"role": "system", "content": system}] if system else []
+    yield opening + turns
+    joined: list[dict[str, object]] = []
+    for message in turns:
+        last = joined[-1] if joined else {}
+        is_plain = not ({"tool_calls", "tool_call_id"} & (message.keys() | last.keys()))
+        if is_plain and last.get("role") == message["role"]:
+            texts = filter(None, (str(last["content"]), str(message["content"])))
+            joined[-1] = {**last, **message, "content": "\n\n".join(texts)}
+        else:
+            joined.append(message)
+    yield opening + joined
+    if not joined or joined[0]["role"] != "user":
+        joined = [{"role": "user", "content": "Hello."}, *joined]
+        yield opening + joined
+    if system:
+        yield _fold_system(opening + joined)
 
 
 # -- Tools and thoughts in a chat --
@@ -9650,13 +9779,19 @@ def _go_on(text: str, begun: ChatMessage | None, reasoning: ReasoningFormat | No
 
 
 def _thinking_variables(kwargs: Mapping[str, object], reasoning: ReasoningFormat | None) -> dict[str, object]:
-    """Return a template's further variables; the words for how much to think agree in them, where any is given."""
+    """Return a template's further variables; the words for how much to think agree in them, where any is given.
+
+    Templates know the effort under three names: `reasoning_effort` (gpt-oss), `enable_thinking` (Qwen) and `thinking`
+    (DeepSeek, Granite).
+    """
     variables = dict(kwargs)
     effort = variables.get("reasoning_effort")
     if effort is not None:
         variables.setdefault("enable_thinking", effort not in ("none", "minimal"))
-    if effort in ("none", "minimal") and reasoning is not None and reasoning.name == "harmony":
-        variables["reasoning_effort"] = "low"  # the least that these models know
+        words = {"max": "xhigh"}
+        if reasoning is not None and reasoning.name == "harmony":
+            words = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}  # it knows three
+        variables["reasoning_effort"] = words.get(str(effort), effort)
     if "enable_thinking" in variables:
         variables.setdefault("thinking", variables["enable_thinking"])
     return variables
@@ -9674,7 +9809,7 @@ def _write_out_tools(
     if template is None or not template.knows_calls:
         for place, message in enumerate(chat):
             if message.tool_calls:
-                calls = [(call.function.name, _arguments_of(call)) for call in message.tool_calls]
+                calls = [(call.function.name, _arguments_of(call.function.arguments)) for call in message.tool_calls]
                 content = "\n".join(filter(None, (_content_text(message), write_calls(form, calls))))
                 chat[place] = ChatMessage(role="assistant", content=content)
     if tools and (template is None or not template.knows_tools):
@@ -9705,11 +9840,18 @@ def _results_as_users(messages: Sequence[ChatMessage], names: Mapping[str, str],
     return chat
 
 
-def _arguments_of(call: ToolCall) -> Arguments:
-    """Return a call's arguments; none where they are no JSON object."""
-    with contextlib.suppress(msgspec.DecodeError, UnicodeError):
-        return msgspec.json.decode(call.function.arguments, type=dict[str, object])
-    return {}
+def _arguments_of(text: str | None) -> dict[str, object]:
+    """Return the arguments of a call in the history; what is no object is told as one with the text in it.
+
+    Templates go through them by name, and a model that wrote nonsense once must not end its session.
+    """
+    if text is None or text.strip() in ("", "null"):
+        return {}
+    with contextlib.suppress(msgspec.DecodeError, UnicodeError, RecursionError):
+        arguments = msgspec.json.decode(text)
+        if isinstance(arguments, dict):
+            return arguments
+    return {"arguments": text}
 
 
 def _one_call_each(chat: list[dict[str, object]]) -> list[dict[str, object]]:
@@ -9792,10 +9934,7 @@ def _message_variables(message: ChatMessage, id_chars: int = 0) -> dict[str, obj
     if message.tool_calls:
         calls: list[dict[str, object]] = []
         for call in message.tool_calls:
-            arguments: object = call.function.arguments
-            with contextlib.suppress(msgspec.DecodeError, UnicodeError):  # not JSON: the text itself
-                arguments = msgspec.json.decode(call.function.arguments)
-            function = {"name": call.function.name, "arguments": arguments}
+            function = {"name": call.function.name, "arguments": _arguments_of(call.function.arguments)}
             calls.append({"id": _short_id(call.id, id_chars), "type": "function", "function": function})
         variables["tool_calls"] = calls
     return variables
@@ -10702,6 +10841,7 @@ def seq_ids_needed(capacity: Capacity) -> int:
 DEFAULT_KEEP_ALIVE_S: Final = 600.0
 TURN_S: Final = 10.0  # a loaded model serves at least this long, and at least as long as its load took, before a swap
 LINGER_S: Final = 0.5  # an idle worker in its turn may still get the next request of a client that asks one by one
+AGENT_CTX_SIZE: Final = 32_768  # a coding agent's first request has 24,000 tokens
 BACKOFF_S: Final = 1.0  # after the first failure; doubles
 BACKOFF_LIMIT_S: Final = 60.0
 FAILED_AFTER: Final = 3  # failures in a row; then requests are refused at once until the next attempt
@@ -10744,6 +10884,39 @@ def estimate_bytes(info: ModelInfo, options: LoadOptions) -> int:
         offloaded = 1.0 if options.n_gpu_layers < 0 else min(1.0, options.n_gpu_layers / (layers + 1))
     buffers = parallel * (info.vocab_tokens or 0) * 4 + (options.ubatch_size or 512) * (cells + 16 * width) * 4
     return int((info.weights_bytes + memory) * (1.0 - offloaded)) + buffers + WORKER_BASE_BYTES
+
+
+class ContextChoice(NamedTuple):
+    """How many tokens one sequence may have, and why."""
+
+    ctx_size: int
+    why: str
+
+
+def choose_context(info: ModelInfo, options: LoadOptions, budget_bytes: int) -> ContextChoice:
+    """Choose the context: as rule or settings say, else as trained, up to what a coding agent needs and memory bears.
+
+    Half of the budget at most: a second model must have room.
+    """
+    trained = info.context_tokens or DEFAULT_CTX_SIZE
+    if options.ctx_size:
+        return ContextChoice(options.ctx_size, "ctx_size says so")
+    if options.ctx_size == 0:
+        return ContextChoice(trained, "as the model was trained: ctx_size is 0")
+    usual = min(trained, DEFAULT_CTX_SIZE)
+    if info.encoder_only or info.recurrent:
+        return ContextChoice(usual, f"the model was trained on {trained}")
+    size = min(trained, AGENT_CTX_SIZE)
+    while size > usual:
+        if estimate_bytes(info, msgspec.structs.replace(options, ctx_size=size)) <= budget_bytes / 2:
+            break
+        size //= 2
+    size = max(size, usual)
+    if size == trained:
+        return ContextChoice(size, "as the model was trained")
+    if size == AGENT_CTX_SIZE:
+        return ContextChoice(size, f"the model was trained on {trained}; ctx_size allows more")
+    return ContextChoice(size, f"the model was trained on {trained}, and more would not fit half of the memory budget")
 
 
 # -- effects --
@@ -11104,7 +11277,7 @@ class ChatPrompt(msgspec.Struct, frozen=True, kw_only=True, tag="chat", omit_def
 
     messages: list[ChatMessage]
     prompts: Prompts = Prompts()
-    template_kwargs: dict[str, bool | int | float | str] = {}
+    template_kwargs: dict[str, object] = {}
     tooling: Tooling = Tooling()
 
 
@@ -17245,6 +17418,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     load: LoadModel
     info: ModelInfo
     keep_alive_s: float | None = None  # None: as the settings say; -1: for ever
+    context: ContextChoice | None = None  # why it is what the load options say
 
     @property
     def key(self) -> WorkerKey:
@@ -17640,6 +17814,7 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     decode_s: float  # of these, spent in llama_decode
     step_s: float  # spent in steps, sampling and sending included
     deltas: int = 0  # in these steps: about one a token that was generated
+    context: str | None = None  # tokens of one sequence, and why so many
     fault: str | None = None  # it runs without llama.cpp's fast kernels: the signal by which they end a process
     idle_s: float | None = None  # since its last request came or finished; None: it is at work, or not loaded
     failures: int  # in a row
@@ -18005,6 +18180,7 @@ class WorkerOwner:
     def status(self, row: WorkerRow | None, now: float) -> WorkerStatus:
         """Return what is to be shown."""
         state: WorkerState = "waiting"
+        context = self.target.context
         if row is not None and row.phase != "absent":
             state = "draining" if row.phase == "loaded" and (row.draining or row.held) else row.phase
         elif row is not None and row.failed:
@@ -18025,6 +18201,7 @@ class WorkerOwner:
             step_s=self.step_s,
             deltas=self.deltas,
             fault=self._fault if self.process else None,
+            context=f"{context.ctx_size}: {context.why}" if context is not None else None,
             idle_s=now - row.used_at if row and row.phase == "loaded" and row.idle else None,
             failures=row.failures if row else 0,
             retry_after_s=max(0.0, row.retry_at - now) if row and row.failures else 0.0,
@@ -18753,7 +18930,7 @@ async def tell_error(request: web.Request, error: LocalaidError) -> web.StreamRe
 
 def _as_told(request: web.Request, error: Exception) -> LocalaidError:
     """Return an error as the client is told of it; one that nobody expected goes to the log with its traceback."""
-    told = error if isinstance(error, LocalaidError) else None
+    told = rename_param(error, request.path.rstrip("/")) if isinstance(error, LocalaidError) else None
     if told is None:
         request_id = request[VISIT].id
         _HTTP_LOG.error("%s: %s %r failed", request_id, request.method, request.path[:NAME_LIMIT], exc_info=error)
@@ -19522,6 +19699,12 @@ async def handle_input_tokens(state: State, http: web.Request) -> web.Response:
     return json_response(InputTokens(input_tokens=done.reply.tokens), done.headers)
 
 
+@functools.cache
+def _warn_of_left_out(kind: str) -> None:
+    """Say once that something of a client's is not served; each of its requests has it."""
+    _HTTP_LOG.warning("a %s of /v1/responses is not served here and left out; functions are", printable(kind))
+
+
 def _plan_response(state: State, http: web.Request, request: ResponseRequest) -> ResponsePlan:
     """Return what a request asks for, with what the responses that it names knew.  Raises `BadRequest`."""
     owner, now = _client_of(http), time.monotonic()
@@ -19531,13 +19714,16 @@ def _plan_response(state: State, http: web.Request, request: ResponseRequest) ->
         if previous is None:
             raise PreviousResponseNotFound(response_id=request.previous_response_id)
         history = previous.context
-    return plan_response(
+    plan = plan_response(
         request,
         response_id=f"resp_{os.urandom(24).hex()}",
         created_at=int(time.time()),
         history=history,
         find_item=lambda item_id: state.responses.find_item(item_id, owner, now),
     )
+    for kind in plan.left_out:
+        _warn_of_left_out(kind[:100])
+    return plan
 
 
 def _stored_response(state: State, http: web.Request) -> StoredResponse:
@@ -19768,7 +19954,38 @@ def _model_card(
         problem=integrity.problem,
         description=rule.description,
     )
-    return ModelCard(id=listing.name, created=int(file.mtime), aliases=aliases, localaid=extension)
+    tokens, abilities = _context_and_abilities(state, listing)
+    return ModelCard(
+        id=listing.name,
+        created=int(file.mtime),
+        aliases=aliases,
+        context_length=tokens,
+        max_model_len=tokens,
+        abilities=abilities,
+        localaid=extension,
+    )
+
+
+def _context_and_abilities(
+    state: State, listing: Listing
+) -> tuple[int | None, tuple[Literal["chat", "tools", "reasoning", "embeddings", "rerank"], ...]]:
+    """Return how many tokens a sequence of a model may have, and what it can do; what is not known yet is left out."""
+    try:
+        target = state.target_of(listing.rule, listing.file)
+    except AdapterMissing:
+        return None, ()
+    template, prompts = target.info.chat_template or "", listing.rule.prompts
+    chats = bool({CHAT, RESPONSES, MESSAGES} & set(listing.paths))
+    thinks = chats and find_reasoning_format(template, prompts.reasoning_format) is not None
+    can = {
+        "chat": chats,
+        "tools": chats and prompts.tool_format != "none",
+        "reasoning": thinks,
+        "embeddings": EMBEDDINGS in listing.paths,
+        "rerank": RERANK in listing.paths,
+    }
+    tokens = target.context.ctx_size if target.context is not None and listing.file.sha256 is not None else None
+    return tokens, tuple(name for name, able in can.items() if able)  # type: ignore[misc] # the keys above
 
 
 def _failed(state: State) -> frozenset[str | None]:
@@ -20568,7 +20785,18 @@ class Daemon:
                 cache_bytes=self.settings.prompt_cache_bytes,
             )
             info = self.index.info(sha256) or ModelInfo()
-            target = Target(sha256=sha256, file=file.relative, load=load, info=info, keep_alive_s=rule.keep_alive_s)
+            context = choose_context(info, options, self.supervisor.table.budget_bytes)
+            if self.index.info(sha256) is not None and not info.encoder_only:
+                options = msgspec.structs.replace(options, ctx_size=context.ctx_size)
+                load = msgspec.structs.replace(load, options=options)
+            target = Target(
+                sha256=sha256,
+                file=file.relative,
+                load=load,
+                info=info,
+                keep_alive_s=rule.keep_alive_s,
+                context=context,
+            )
             self._targets[key] = target
         return target
 
@@ -21247,7 +21475,7 @@ def plan_status_views(status: DaemonStatus) -> list[View]:
         ("rules", ", ".join(f"{count} {layer}" for layer, count in status.rules.items())),
         ("memory", f"{about_size(memory.used_bytes)} of {about_size(memory.budget_bytes)}"),
     ]
-    workers = ("PID", "MODEL", "STATE", "MEMORY", "RUNNING", "WAITING", "TOKENS/S", "IDLE FOR", "LAST ERROR")
+    workers = ("PID", "MODEL", "STATE", "MEMORY", "CONTEXT", "RUNNING", "WAITING", "TOKENS/S", "IDLE FOR", "LAST ERROR")
     downloads = ("NAME", "STATE", "DONE", "RATE", "TO GO", "FROM", "PROBLEM")
     problems = [_split_problem(problem) for problem in status.problems]
     problems += [*status.mismatches.items(), *status.unservable.items()]
@@ -21266,6 +21494,7 @@ def _worker_row(worker: WorkerStatus) -> tuple[str, ...]:
         printable(worker.file),
         f"{worker.state} {worker.progress:.0%}" if worker.state == "loading" else worker.state,
         about_size(worker.rss_bytes),
+        worker.context or "-",
         str(worker.running),
         str(worker.waiting),
         f"{worker.deltas / worker.step_s:.1f}" if worker.deltas and worker.step_s else "-",
