@@ -32,7 +32,7 @@ TYPES: dict[str, tuple[Any, str]] = {  # name -> type of the package, schema of 
 EXTENSIONS = {
     "ChatCompletionMessage": {"reasoning_content"},
     "ChoiceDelta": {"reasoning_content"},
-    "Model": {"localaid"},
+    "Model": {"localaid", "aliases", "context_length", "max_model_len", "abilities"},
     # OpenAI's servers and document have them, the package does not.
     "Response": {"store"},
     "ResponseFunctionCallArgumentsDoneEvent": {"name"},

@@ -91,7 +91,10 @@ def all_errors() -> list[type[LocalaidError]]:
             ContextLengthExceeded(prompt_tokens=9000, ctx_size=8192),
             400,
             "context_length_exceeded",
-            "This model's context is 8192 tokens, but the prompt has 9000; shorten it, or raise ctx_size in the rule.",
+            (
+                "This model's maximum context length is 8192 tokens, but the prompt has 9000 tokens; shorten it, or "
+                "raise ctx_size in the rule."
+            ),
         ),
         (
             InputTooLong(param="input", place=3, tokens=700, ctx_size=512),

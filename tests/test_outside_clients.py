@@ -94,7 +94,7 @@ async def test_instructions_and_a_developer_message(served: Daemon) -> None:
             "content": [{"type": "input_text", "text": "be brief"}],
         }
         user: dict[str, object] = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}
-        body = {"model": model, "instructions": "You are Codex.", "max_output_tokens": 16}
+        body: dict[str, object] = {"model": model, "instructions": "You are Codex.", "max_output_tokens": 16}
         assert (await ask(served, "/v1/responses", {**body, "input": [developer, user]}))[0] == 200
         assert (await ask(served, "/v1/responses", {**body, "input": []}))[0] == 200
 
@@ -120,7 +120,7 @@ async def test_arguments_of_calls_in_the_history(served: Daemon, arguments: str 
 
 async def test_results_that_are_no_text(served: Daemon) -> None:
     """An image that a tool gave stands as a note in every later turn; the session is not lost."""
-    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
+    image: dict[str, object] = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
     others: list[dict[str, object]] = [
         image,
         {"type": "tool_reference", "tool_name": "f"},

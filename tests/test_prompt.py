@@ -148,9 +148,10 @@ def test_mistral() -> None:
 
 
 def test_a_template_may_refuse() -> None:
-    """raise_exception is the client's error, with the template's own words."""
-    with pytest.raises(TemplateRefused, match="roles must alternate") as caught:
-        rendered(MISTRAL, "user: U", "user: V")
+    """raise_exception is the client's error, with the template's own words; an order that it takes is none."""
+    assert rendered(MISTRAL, "user: U", "user: V") == rendered(MISTRAL, "user: U\n\nV")
+    with pytest.raises(TemplateRefused, match="not today") as caught:
+        rendered("{{ raise_exception('not today') }}", "user: U", "user: V")
     assert (caught.value.status, caught.value.param) == (400, "messages")
 
 
@@ -173,7 +174,7 @@ def test_developer_is_system_where_a_template_does_not_know_it() -> None:
 
 
 def test_tool_calls_of_the_history() -> None:
-    """Templates get the arguments as an object, and as text where they are not JSON."""
+    """Templates get the arguments as an object, with the text in it where they are not JSON."""
     template = (
         "{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
         "{{ m.role }}={{ m.tool_call_id }}={{ m.name }}={{ m.content }};{% endfor %}"
@@ -188,7 +189,8 @@ def test_tool_calls_of_the_history() -> None:
     ]
     assert render_chat(chat, Prompts(), model_template=template).text == (
         '[{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": "<é>"}}}, '
-        '{"id": "c2", "type": "function", "function": {"name": "g", "arguments": "{"}}]assistant===;tool=c1=f=42;'
+        '{"id": "c2", "type": "function", "function": {"name": "g", "arguments": {"arguments": "{"}}}]'
+        "assistant===;tool=c1=f=42;"
     )
 
 
