@@ -120,7 +120,8 @@ async def test_arguments_of_calls_in_the_history(served: Daemon, arguments: str 
 
 async def test_results_that_are_no_text(served: Daemon) -> None:
     """An image that a tool gave stands as a note in every later turn; the session is not lost."""
-    image: dict[str, object] = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AA=="}}
+    source = {"type": "base64", "media_type": "image/png", "data": "AA=="}
+    image: dict[str, object] = {"type": "image", "source": source}
     others: list[dict[str, object]] = [
         image,
         {"type": "tool_reference", "tool_name": "f"},
