@@ -110,7 +110,7 @@ LONG_SECTIONS: dict[str, tuple[int, str]] = {  # section -> (its own limit, why 
     "HTTP": (750, "how a request is resolved, waits, streams, and is told of"),
     "ROUTES": (550, "a row a route, and the handlers of what the daemon tells of itself"),
     "DOCTOR": (530, "a function for each thing that is looked at"),
-    "DAEMON": (960, "every step of start, reload and stop, by name"),
+    "DAEMON": (985, "every step of start, reload and stop, by name"),
     "CLI": (790, "one function a command, and the parser of them all"),
 }
 
