@@ -20688,7 +20688,7 @@ class Daemon:
         self,
         folders: Folders,
         settings: Settings,
-        listen: Sequence[str],
+        listen: tuple[str, ...],
         passed: Passed | None = None,
         log_format: LogFormat | None = None,
     ) -> None:

@@ -224,7 +224,7 @@ async def test_a_start_is_extended_only_while_more_is_found(tmp_path: Path, monk
     recorder = Recorder()
     found = iter([0, 3, 3, 3, 9])
     monkeypatch.setattr(localaid.ModelIndex, "folders", property(lambda _: next(found, 9)))
-    daemon_ = localaid.Daemon(folders, Settings(), "127.0.0.1:0", localaid.Passed(recorder))
+    daemon_ = localaid.Daemon(folders, Settings(), ("127.0.0.1:0",), localaid.Passed(recorder))
     extending = asyncio.create_task(daemon_._extend_start(every_s=0.0))
     async with asyncio.timeout(30):
         while len(recorder.heard) < 3:
@@ -247,7 +247,7 @@ async def test_systemd_is_told_in_utf8_and_in_one_line(tmp_path: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("NOTIFY_SOCKET", environ["NOTIFY_SOCKET"])
             passed = localaid.take_passed(environ, os.getpid())
-        daemon_ = localaid.Daemon(folders, Settings(), "127.0.0.1:0", passed)
+        daemon_ = localaid.Daemon(folders, Settings(), ("127.0.0.1:0",), passed)
         problem = localaid.ConfigProblem("/etc/\u043c\u043e\u0439\nREADY=1.yaml", "", "is broken")
         daemon_._problems = (problem,)
         daemon_._tell_status()
@@ -526,7 +526,7 @@ async def test_a_start_can_be_stopped_and_hears_no_reload_before_its_end(
     folders = Folders(
         models=(tmp_path,), configs=tmp_path, state=tmp_path, settings=tmp_path / "x.yaml", shipped=tmp_path
     )
-    one = localaid.Daemon(folders, Settings(), "127.0.0.1:0")
+    one = localaid.Daemon(folders, Settings(), ("127.0.0.1:0",))
     told: list[str] = []
     monkeypatch.setattr(one, "_notify", told.append)
     reading = asyncio.Event()
@@ -549,7 +549,7 @@ async def test_a_reload_that_came_too_soon_is_made_up_for(monkeypatch: pytest.Mo
     """What the settings said when SIGHUP came is in force after the start."""
     file = tmp_path / "localaid.yaml"
     folders = Folders(models=(tmp_path,), configs=tmp_path, state=tmp_path, settings=file, shipped=tmp_path)
-    one = localaid.Daemon(folders, Settings(), "127.0.0.1:0")
+    one = localaid.Daemon(folders, Settings(), ("127.0.0.1:0",))
     told: list[str] = []
     ready = asyncio.Event()
 
@@ -577,7 +577,7 @@ async def test_settings_that_are_gone_at_a_reload_change_nothing(
     file = tmp_path / "localaid.yaml"
     file.write_text("api_keys: ['a:sk-aaaaaaaaaaaaaaaa']\n")
     folders = Folders(models=(), configs=tmp_path, state=tmp_path, settings=file, shipped=tmp_path)
-    one = localaid.Daemon(folders, load_settings(file, must_exist=True), "127.0.0.1:0")
+    one = localaid.Daemon(folders, load_settings(file, must_exist=True), ("127.0.0.1:0",))
     one.is_ready = True
     file.rename(tmp_path / "elsewhere")
     one.reload_settings()
@@ -594,7 +594,7 @@ async def test_a_settings_step_that_fails_stops_no_other(
     """Its last good value stays in force, and is tried again at the next reload; the others are taken."""
     file = tmp_path / "localaid.yaml"
     folders = Folders(models=(), configs=tmp_path, state=tmp_path, settings=file, shipped=tmp_path)
-    one = localaid.Daemon(folders, Settings(), "127.0.0.1:0")
+    one = localaid.Daemon(folders, Settings(), ("127.0.0.1:0",))
     one.is_ready = True
     caplog.set_level("INFO")
 

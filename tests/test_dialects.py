@@ -267,9 +267,6 @@ def test_wrong_requests(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         client.responses.create(model="no-such-model", input="Hi", stream=True)
     assert unknown.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError) as built_in:
-        client.responses.create(model=NAME, input="Hi", tools=[{"type": "web_search"}])
-    assert built_in.value.param == "tools[0].type"
     with pytest.raises(openai.BadRequestError) as background:
         client.responses.create(model=NAME, input="Hi", background=True)
     assert background.value.param == "background"
