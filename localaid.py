@@ -72,6 +72,7 @@ import hashlib
 import heapq
 import hmac
 import importlib.util
+import io
 import ipaddress
 import itertools
 import json
@@ -1288,6 +1289,21 @@ class DaemonUnreachable(LocalaidError):
         """Return the sentence for the user."""
         join = f", or join the group that may ask there: {self.join}, then log in again" if self.join else ""
         return f"no daemon answers on {', nor on '.join(self.tried)}; start it, or name it with --listen{join}."
+
+
+@dataclass(eq=False)
+class NotLocalaid(LocalaidError):
+    """What answers where a daemon should is none, or is one of another version."""
+
+    listen: str
+    problem: str
+
+    def __str__(self) -> str:
+        """Return the sentence for the user."""
+        return (
+            f"what answers on {self.listen} is no localaid {__version__} ({self.problem}); name the daemon with "
+            "--listen, or restart it after an upgrade."
+        )
 
 
 @dataclass(eq=False)
@@ -22139,6 +22155,8 @@ def plan_finding_view(findings: Iterable[Finding]) -> View:
 # failed, with the reason on stderr; 2: the command line is wrong.  Output that others may read goes to stdout.
 
 ANSWER_S: Final = 300.0  # that the daemon has for an answer
+ANSWER_LIMIT_BYTES: Final = 64 * 1024 * 1024
+AnswerT = TypeVar("AnswerT")
 KEY_PASSWORD: Final = "LOCALAID_KEY_PASSWORD"  # noqa: S105 - a variable's name
 PULL_ABOUT: Final = "download weights that a config gives a URL for; Ctrl-C leaves a running daemon's download going"
 DEMO_QUESTION: Final = "What is the capital of France? Answer in one sentence."
@@ -22248,13 +22266,15 @@ def run_explain(arguments: argparse.Namespace) -> int:
         path = parse_api_path(arguments.path)
     except ValueError as error:
         return _fail(render_value_error(error))
-    if arguments.models or arguments.configs:
-        table, inventory = asyncio.run(_read_folders(arguments))
-        explanation = explain(resolve(table, inventory, path, arguments.name))
-    else:
-        query = urllib.parse.urlencode({"path": path, "name": arguments.name})
-        raw = asyncio.run(ask_daemon(arguments, f"/localaid/explain?{query}"))
-        explanation = msgspec.json.decode(raw, type=Explanation)
+    query = urllib.parse.urlencode({"path": path, "name": arguments.name})
+
+    async def ask() -> Explanation:
+        return (await ask_daemon(arguments, f"/localaid/explain?{query}", Explanation)).value
+
+    async def do() -> Explanation:
+        return explain(resolve(*await _read_folders(arguments), path, arguments.name))
+
+    explanation = asyncio.run(ask_or_do(arguments, ask, do, must_run=True))
     if arguments.json:
         print(msgspec.json.format(msgspec.json.encode(explanation)).decode())  # noqa: T201
     else:
@@ -22264,14 +22284,17 @@ def run_explain(arguments: argparse.Namespace) -> int:
 
 def run_list(arguments: argparse.Namespace) -> int:
     """`localaid list`: names -> rule -> file, and what is missing."""
-    if arguments.models or arguments.configs:
-        table, inventory = asyncio.run(_read_folders(arguments))
+
+    async def ask() -> Answered[Catalog]:
+        return await ask_daemon(arguments, f"/localaid/list?all={int(arguments.all)}", Catalog)
+
+    async def do() -> Answered[Catalog]:
+        table, inventory = await _read_folders(arguments)
         layers: frozenset[Layer] = frozenset(LAYERS if arguments.all else ("user",))
         catalog = plan_catalog(table, inventory, plan_listing(table, inventory), {}, layers)
-        raw = msgspec.json.encode(catalog)
-    else:
-        raw = asyncio.run(ask_daemon(arguments, f"/localaid/list?all={int(arguments.all)}"))
-        catalog = msgspec.json.decode(raw, type=Catalog)
+        return Answered(msgspec.json.encode(catalog), catalog)
+
+    raw, catalog = asyncio.run(ask_or_do(arguments, ask, do, must_run=True))
     if arguments.json:
         print(msgspec.json.format(raw).decode())  # noqa: T201
     else:
@@ -22338,18 +22361,17 @@ def run_update(arguments: argparse.Namespace) -> int:
 
 async def _update(arguments: argparse.Namespace) -> UpdateReport:
     """Have a daemon update, or do it here where none runs.  Raises `LocalaidError`."""
-    answer: list[bytes] = []
-    if not (arguments.models or arguments.configs or arguments.state):
-        try:
-            path = f"/localaid/update?dry_run={str(arguments.dry_run).lower()}"
-            await ask_daemon(arguments, path, "POST", take=answer.append)
-            return msgspec.json.decode(b"".join(answer), type=UpdateReport)
-        except DaemonUnreachable as error:
-            if error.join or answer:
-                raise
-    settings = load_settings(choose_settings_file(arguments, os.environ), must_exist=bool(arguments.settings))
-    updater = Updater(choose_folders(arguments, settings, os.environ).state, settings.updates)
-    return await updater.update(dry_run=arguments.dry_run)
+
+    async def ask() -> UpdateReport:
+        path = f"/localaid/update?dry_run={str(arguments.dry_run).lower()}"
+        return (await ask_daemon(arguments, path, UpdateReport, "POST", limit_s=None)).value
+
+    async def do() -> UpdateReport:
+        settings = load_settings(choose_settings_file(arguments, os.environ), must_exist=bool(arguments.settings))
+        updater = Updater(choose_folders(arguments, settings, os.environ).state, settings.updates)
+        return await updater.update(dry_run=arguments.dry_run)
+
+    return await ask_or_do(arguments, ask, do)
 
 
 def run_diff(arguments: argparse.Namespace) -> int:
@@ -22369,14 +22391,15 @@ def run_diff(arguments: argparse.Namespace) -> int:
 
 async def _diff(arguments: argparse.Namespace) -> Diff:
     """Have a daemon compare, or do it here where none runs.  Raises `LocalaidError`."""
-    answer: list[bytes] = []
-    if not (arguments.models or arguments.configs or arguments.state):
-        try:
-            await ask_daemon(arguments, "/localaid/diff", take=answer.append)
-            return msgspec.json.decode(b"".join(answer), type=Diff)
-        except DaemonUnreachable as error:
-            if error.join or answer:
-                raise
+
+    async def ask() -> Diff:
+        return (await ask_daemon(arguments, "/localaid/diff", Diff, limit_s=None)).value
+
+    return await ask_or_do(arguments, ask, functools.partial(_diff_here, arguments))
+
+
+async def _diff_here(arguments: argparse.Namespace) -> Diff:
+    """Compare without a daemon.  Raises `LocalaidError`."""
     settings = load_settings(choose_settings_file(arguments, os.environ), must_exist=bool(arguments.settings))
     folders = choose_folders(arguments, settings, os.environ)
     index = ModelIndex(folders.models, state=folders.state, hash_threads=settings.hash_threads)
@@ -22453,32 +22476,30 @@ def run_pull(arguments: argparse.Namespace) -> int:
 
 async def _pull(arguments: argparse.Namespace, path: str | None, show: Callable[[PullAnswer], None]) -> PullAnswer:
     """Have a daemon download, or do it here where none runs; `show` each step; return the last."""
-    if arguments.models or arguments.configs:
-        return await _pull_here(arguments, path, show)
     query = urllib.parse.urlencode({"name": arguments.name, "follow": "true", **({"path": path} if path else {})})
-    last: PullAnswer | None = None
+    last: list[PullAnswer] = []
 
-    def take(line: bytes) -> None:
-        nonlocal last
-        if line.startswith(b"data: "):
-            last = msgspec.json.decode(line.removeprefix(b"data: "), type=PullAnswer)
-            show(last)
+    def take(answer: PullAnswer) -> None:
+        last[:] = [answer]
+        show(answer)
 
-    try:
+    async def ask() -> PullAnswer:
+        where = f"/localaid/pull?{query}"
         if arguments.cancel:
-            raw = await ask_daemon(arguments, f"/localaid/pull?{query}", "DELETE")
-            return msgspec.json.decode(raw, type=PullAnswer)
-        await ask_daemon(arguments, f"/localaid/pull?{query}", "POST", take=take)
-    except DaemonUnreachable as error:
-        if last is None and not error.join and not arguments.cancel:
-            return await _pull_here(arguments, path, show)
-        if last is None:
+            return (await ask_daemon(arguments, where, PullAnswer, "DELETE")).value
+        try:
+            return (await ask_daemon(arguments, where, PullAnswer, "POST", take=take)).value
+        except DaemonUnreachable:
+            if not last:
+                raise
+            return last[0]  # it was stopped meanwhile
+        except asyncio.CancelledError:
+            goes_on = f"the daemon goes on with it; `localaid pull --cancel {shlex.quote(arguments.name)}` ends it"
+            print(f"localaid: {goes_on}", file=sys.stderr)  # noqa: T201
             raise
-    except asyncio.CancelledError:
-        goes_on = f"the daemon goes on with it; `localaid pull --cancel {shlex.quote(arguments.name)}` ends it"
-        print(f"localaid: {goes_on}", file=sys.stderr)  # noqa: T201
-        raise
-    return last or PullAnswer()
+
+    here = functools.partial(_pull_here, arguments, path, show)
+    return await ask_or_do(arguments, ask, here, must_run=arguments.cancel)
 
 
 async def _pull_here(arguments: argparse.Namespace, path: str | None, show: Callable[[PullAnswer], None]) -> PullAnswer:
@@ -22521,24 +22542,34 @@ def find_daemons(arguments: argparse.Namespace, environ: Mapping[str, str]) -> t
     return [f"unix:{socket}" for socket in dict.fromkeys(sockets)], settings.listen
 
 
+class Answered(NamedTuple, Generic[AnswerT]):
+    """What a daemon has answered."""
+
+    raw: bytes
+    value: AnswerT
+
+
 async def ask_daemon(
     arguments: argparse.Namespace,
     path: str,
+    kind: type[AnswerT],
     method: Literal["GET", "POST", "DELETE"] = "GET",
-    body: bytes | None = None,
-    take: Callable[[bytes], None] | None = None,
-) -> bytes:
-    """Return the body of the running daemon's answer: of the first that answers, control sockets first.
+    *,
+    take: Callable[[AnswerT], None] | None = None,
+    limit_s: float | None = ANSWER_S,
+) -> Answered[AnswerT]:
+    """Return the running daemon's answer: of the first that answers, control sockets first.
 
-    `take` gets each line of an answer as it comes, however long that takes.
-    Raises `DaemonUnreachable` where none does, `KeyNotTaken`, and `DaemonRefused` for any other status than 2xx.
+    `take` gets each event of a stream as it comes, however long that takes; the last one is the answer.
+    Raises `DaemonUnreachable` where none does, `KeyNotTaken`, `NotLocalaid`, and `DaemonRefused` for any other status
+    than 2xx.
     """
     tried, join = [], ""
     sockets, listen = find_daemons(arguments, os.environ)
     for address in (*sockets, *listen):
         try:
             key = arguments.api_key if address in listen else None
-            return await _ask(address, path, method, body, key, take=take)
+            return await _ask(address, path, kind, method, key, take=take, limit_s=None if take else limit_s)
         except KeyNotTaken as error:
             error.join = join
             raise
@@ -22552,28 +22583,36 @@ async def ask_daemon(
 async def _ask(
     address: str,
     path: str,
+    kind: type[AnswerT],
     method: str,
-    body: bytes | None,
     api_key: str | None,
     *,
-    take: Callable[[bytes], None] | None,
-) -> bytes:
-    """Ask one daemon.  Raises `KeyNotTaken`, `DaemonRefused`, `OSError`."""
+    take: Callable[[AnswerT], None] | None,
+    limit_s: float | None,
+) -> Answered[AnswerT]:
+    """Ask one daemon.  Raises `KeyNotTaken`, `DaemonRefused`, `NotLocalaid`, `OSError`."""
     import aiohttp  # noqa: PLC0415 - the client half; only these commands need it
 
     connector, base = None, f"http://{address}"
     if address.startswith("unix:"):
         connector, base = aiohttp.UnixConnector(address.removeprefix("unix:")), "http://localhost"
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    if body is not None:
-        headers["Content-Type"] = "application/json"
+    answered, event = bytearray(), b""
     try:
-        timeout = aiohttp.ClientTimeout(total=None if take else ANSWER_S)
+        timeout = aiohttp.ClientTimeout(total=limit_s)
         session = aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout)
-        async with session, session.request(method, base + path, data=body) as answer:
-            while take and answer.ok and (line := await answer.content.readline()):
-                take(line)
-            answered = await answer.read()
+        async with session, session.request(method, base + path) as answer:
+            async for piece in answer.content.iter_chunked(1 << 16):
+                answered += piece
+                at = len(answered) - len(piece)  # there was no end of a line before
+                while take and answer.ok and (end := answered.find(b"\n", at)) >= 0:
+                    line, at = bytes(answered[:end]), 0
+                    del answered[: end + 1]
+                    if line.startswith(b"data: "):
+                        event = line.removeprefix(b"data: ")
+                        take(_decode_answer(event, kind, address))
+                if len(answered) > ANSWER_LIMIT_BYTES:
+                    raise NotLocalaid(listen=address, problem=f"it sends more than {ANSWER_LIMIT_BYTES} bytes")
     except aiohttp.ClientConnectorError as error:
         raise error.os_error from error
     except aiohttp.ClientError as error:
@@ -22581,16 +22620,42 @@ async def _ask(
     if answer.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         raise KeyNotTaken(listen=address)
     if not answer.ok:
-        raise DaemonRefused(listen=address, problem=_problem_in(answered))
-    return answered
+        raise DaemonRefused(listen=address, problem=_problem_in(bytes(answered)))
+    raw = event if take else bytes(answered)
+    return Answered(raw, _decode_answer(raw, kind, address))
+
+
+def _decode_answer(raw: bytes, kind: type[AnswerT], address: str) -> AnswerT:
+    """Return a daemon's answer as its struct.  Raises `NotLocalaid`."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        raise NotLocalaid(listen=address, problem=f"its answer is another: {error}") from error
+
+
+async def ask_or_do(
+    arguments: argparse.Namespace,
+    ask: Callable[[], Awaitable[AnswerT]],
+    do: Callable[[], Awaitable[AnswerT]],
+    *,
+    must_run: bool = False,
+) -> AnswerT:
+    """Have a daemon answer; where folders are named, or none runs and `must_run` does not say so, do it here."""
+    if not (arguments.models or arguments.configs or arguments.state):
+        try:
+            return await ask()
+        except DaemonUnreachable as error:
+            if error.join or must_run:
+                raise
+    return await do()
 
 
 def _problem_in(answer: bytes) -> str:
     """Return the sentence in an answer that is an error, whatever it is."""
     try:
         return msgspec.json.decode(answer, type=ErrorEnvelope).error.message
-    except ValueError:  # msgspec's errors are such; it may be no localaid at all
-        return answer.decode("utf-8", "replace")[:500]
+    except (ValueError, RecursionError):  # msgspec's errors are such; it may be no localaid at all
+        return printable(" ".join(answer.decode("utf-8", "replace").split())[:200]) or "nothing"
 
 
 def _how_to_join(path: Path) -> str:
@@ -22604,11 +22669,11 @@ def _how_to_join(path: Path) -> str:
 
 def run_status(arguments: argparse.Namespace) -> int:
     """`localaid status`: the daemon at a glance."""
-    raw = asyncio.run(ask_daemon(arguments, "/localaid/status"))
+    raw, status = asyncio.run(ask_daemon(arguments, "/localaid/status", DaemonStatus))
     if arguments.json:
         print(msgspec.json.format(raw).decode())  # noqa: T201
         return 0
-    print_views(plan_status_views(msgspec.json.decode(raw, type=DaemonStatus)), sys.stdout)
+    print_views(plan_status_views(status), sys.stdout)
     return 0
 
 
@@ -22630,8 +22695,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         settings = errors
     folders = choose_folders(arguments, Settings() if isinstance(settings, ConfigErrors) else settings, environ)
     try:
-        raw = asyncio.run(ask_daemon(arguments, "/localaid/status"))
-        answer = msgspec.json.decode(raw, type=DaemonAnswer)
+        answer = asyncio.run(ask_daemon(arguments, "/localaid/status", DaemonAnswer)).value
     except LocalaidError as error:
         answer = error
     findings = examine(folders, settings, answer, unit, environ)
@@ -22735,7 +22799,8 @@ def _show_demo(daemon: subprocess.Popen[str], folder: Path, *, once: bool) -> in
     threading.Thread(target=shutil.copyfileobj, args=(stderr, sys.stderr), daemon=True).start()
     body = {"model": "demo", "stream": True, "max_tokens": 64, "messages": [{"role": "user", "content": DEMO_QUESTION}]}
     print(f"\n> {DEMO_QUESTION}\n")  # noqa: T201
-    asyncio.run(_stream_answer(base, body))
+    if problem := asyncio.run(_stream_answer(base, body)):
+        return _fail(problem)
     print(f"\n\nAsk it yourself:\n  {render_curl(base)}")  # noqa: T201
     print(f"Models: {folder}/models   configs: {folder}/configs   (drop files in: they are served at once)")  # noqa: T201
     if not once:
@@ -22752,8 +22817,8 @@ def render_curl(base: str) -> str:
     return f"curl {base}{CHAT} -H 'Content-Type: application/json' -d '{example}'"
 
 
-async def _stream_answer(base: str, body: Mapping[str, object]) -> None:
-    """Ask for a streamed answer and print it as it comes.  Raises `DaemonRefused`."""
+async def _stream_answer(base: str, body: Mapping[str, object]) -> str:
+    """Ask for a streamed answer, print it as it comes; return why it broke off, if it did.  Raises `DaemonRefused`."""
     import aiohttp  # noqa: PLC0415 - the client half; only these commands need it
 
     connector, url = None, base + CHAT
@@ -22763,9 +22828,12 @@ async def _stream_answer(base: str, body: Mapping[str, object]) -> None:
         if answer.status != HTTPStatus.OK:
             raise DaemonRefused(listen=base, problem=_problem_in(await answer.read()))
         async for line in answer.content:
+            if line.startswith(b'data: {"error"'):
+                return _problem_in(line.removeprefix(b"data: "))
             if line.startswith(b"data: {"):
                 chunk = msgspec.json.decode(line[6:], type=ChatChunk)
                 print("".join(choice.delta.content or "" for choice in chunk.choices), end="", flush=True)  # noqa: T201
+    return ""
 
 
 def _fail(problem: str) -> int:
@@ -22899,6 +22967,9 @@ def _discard_output() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = make_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may have what the terminal's encoding does not
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = int(arguments.run(arguments))
         if sys.stdout is not None:  # it may be closed
