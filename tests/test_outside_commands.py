@@ -45,7 +45,12 @@ class Stranger(http.server.BaseHTTPRequestHandler):
         if kind == "flood":
             for _ in range(80):
                 self.wfile.write(b"x" * (1 << 20))
-        bodies = {"old": b'{"version": "0.0.1", "state": 5}', "deep": b"[" * 100_000, "empty": b"", "flood": b""}
+        bodies = {
+            "old": b'{"version": "0.0.1", "state": 5, "downloads": 7}',
+            "deep": b"[" * 100_000,
+            "empty": b"",
+            "flood": b"",
+        }
         self.wfile.write(bodies.get(kind, HTML))
 
     do_GET = do_POST = do_DELETE = answer  # noqa: N815 - http.server's names

@@ -409,7 +409,8 @@ def test_who_may_not_ask_is_told_which_group_to_join(daemon: StartDaemon, near: 
     listen = served.base_url.removeprefix("http://")
 
     def ask() -> bytes:
-        return asyncio.run(localaid.ask_daemon(arguments(settings=str(settings)), "/localaid/status"))
+        where = arguments(settings=str(settings))
+        return asyncio.run(localaid.ask_daemon(where, "/localaid/status", localaid.DaemonStatus)).raw
 
     for address, parts in (
         ("127.0.0.1:1", ("no daemon answers", f"unix:{control} (Permission denied), nor on 127.0.0.1:1 (", "start it")),
