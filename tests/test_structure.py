@@ -111,7 +111,7 @@ LONG_SECTIONS: dict[str, tuple[int, str]] = {  # section -> (its own limit, why 
     "ROUTES": (550, "a row a route, and the handlers of what the daemon tells of itself"),
     "DOCTOR": (530, "a function for each thing that is looked at"),
     "DAEMON": (985, "every step of start, reload and stop, by name"),
-    "CLI": (790, "one function a command, and the parser of them all"),
+    "CLI": (850, "one function a command, and the parser of them all"),
 }
 
 BANNER_COMMENT_LINES = 10
