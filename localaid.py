@@ -5243,6 +5243,7 @@ class JsonConstraint(msgspec.Struct, frozen=True, kw_only=True, tag="json"):
     """The answer is JSON that a schema allows; {"type": "object"} for any object."""
 
     schema: JsonSchema
+    param: str = "response_format"  # the request's field that errors name
 
 
 class GbnfConstraint(msgspec.Struct, frozen=True, kw_only=True, tag="gbnf"):
@@ -5260,6 +5261,7 @@ class LarkConstraint(msgspec.Struct, frozen=True, kw_only=True, tag="lark"):
 
     grammar: str  # begins at the rule `start`
     schemas: dict[str, dict[str, object] | bool] = {}  # rule (lower case) -> the JSON schema of its text
+    loose: list[str] = []  # those of `schemas` that only shape an answer: one that cannot be held gives way
     param: str = "tools"  # the request's field that errors name
 
 
@@ -5578,7 +5580,7 @@ def constraint_of(request: GenerationRequest) -> Constraint | None:
             constraint = JsonConstraint(schema={"type": "object"} if schema is None else schema)
     if request.json_schema is not None:
         asked.append("json_schema")
-        constraint = JsonConstraint(schema=request.json_schema)
+        constraint = JsonConstraint(schema=request.json_schema, param="json_schema")
     if request.grammar:
         asked.append("grammar")
         constraint = GbnfConstraint(grammar=request.grammar)
@@ -8981,6 +8983,7 @@ class _LarkWriter:
         self.specials = specials
         self._rules: list[str] = []
         self._schemas: dict[str, dict[str, object] | bool] = {}
+        self._loose: list[str] = []
         marks = "|".join(map(re.escape, sorted(specials, key=len, reverse=True)))
         self._split = re.compile(f"({marks})") if marks else None
 
@@ -8997,10 +9000,11 @@ class _LarkWriter:
             f"<[{self.specials[part]}]>" if part in self.specials else _json_text(part) for part in parts if part
         )
 
-    def schema(self, schema: dict[str, object] | bool) -> str:
-        """Return what matches the JSON values of a schema."""
+    def schema(self, schema: dict[str, object] | bool, *, strict: bool = True) -> str:
+        """Return what matches the JSON values of a schema; not `strict`: one that cannot be held is no error."""
         name = f"json{len(self._schemas)}"
         self._schemas[name] = schema
+        self._loose += [] if strict else [name]
         return name
 
     def until(self, mark: str) -> str:
@@ -9024,7 +9028,7 @@ class _LarkWriter:
     def grammar(self, start: str, param: str) -> LarkConstraint:
         """Return the grammar; errors in its schemas name `param`."""
         text = "\n".join([f"start: {start}", *self._rules, ""])
-        return LarkConstraint(grammar=text, schemas=self._schemas, param=param)
+        return LarkConstraint(grammar=text, schemas=self._schemas, loose=self._loose, param=param)
 
 
 def _lark_regex(text: str) -> str:
@@ -9065,7 +9069,8 @@ def plan_constraint(
     if not body:
         return constraint
     thought = _plan_thought(lark, reasoning, inside=inside)
-    return lark.grammar(f"{thought} {body}", "tools" if form and tooling.tools else "response_format")
+    field = constraint.param if isinstance(constraint, JsonConstraint) else "response_format"
+    return lark.grammar(f"{thought} {body}", "tools" if form and tooling.tools else field)
 
 
 def _plan_thought(lark: _LarkWriter, reasoning: ReasoningFormat | None, *, inside: bool) -> str:
@@ -9097,7 +9102,7 @@ def _plan_arguments(lark: _LarkWriter, form: ToolFormat, function: FunctionDefin
     """Return what matches the arguments that a function's schema allows, in the format's notation."""
     schema: dict[str, object] = {**(function.parameters or {}), "type": "object"}
     if form.style not in ("fields", "gemma"):
-        return lark.schema(_closed(schema))
+        return lark.schema(_closed(schema), strict=bool(function.strict))
     required = schema.get("required")
     names = required if isinstance(required, list) else []
     properties = sorted(_properties_of(function).items(), key=lambda item: item[0] not in names)
@@ -9106,7 +9111,7 @@ def _plan_arguments(lark: _LarkWriter, form: ToolFormat, function: FunctionDefin
     for key, value in properties:
         whole = {**value, **definitions} if isinstance(value, dict) else value
         separator = "," if form.style == "gemma" and parts else ""
-        part = f"{lark.text(separator)} {_plan_field(lark, form, key, whole)}"
+        part = f"{lark.text(separator)} {_plan_field(lark, form, key, whole, strict=bool(function.strict))}"
         if key in names:
             parts.append(part)
         elif form.style == "fields" or set(names) & set(dict(properties)):
@@ -9118,7 +9123,7 @@ def _plan_arguments(lark: _LarkWriter, form: ToolFormat, function: FunctionDefin
     return inner if form.style == "fields" else f'"{{" {inner} "}}"'
 
 
-def _plan_field(lark: _LarkWriter, form: ToolFormat, key: str, schema: object) -> str:
+def _plan_field(lark: _LarkWriter, form: ToolFormat, key: str, schema: object, *, strict: bool) -> str:
     """Return what matches one argument with its key; strings stand there without JSON's quotes."""
     if form.style == "fields":
         before, between, behind = form.field
@@ -9131,7 +9136,7 @@ def _plan_field(lark: _LarkWriter, form: ToolFormat, key: str, schema: object) -
             return f"{start} ({' | '.join(lark.text(f'{value}{behind}') for value in values)})"
         case _ if _is_text(schema):
             return f"{start} {lark.until(behind)}"
-    value = lark.schema(schema if isinstance(schema, dict) else True)
+    value = lark.schema(schema if isinstance(schema, dict) else True, strict=strict)
     return f"{start} {value} {lark.text(behind if form.style == 'fields' else '')}"
 
 
@@ -11507,9 +11512,25 @@ _FRAME_ENCODER: Final = msgspec.msgpack.Encoder()
 MessageT = TypeVar("MessageT")
 
 
+def _narrow(part: object) -> object:
+    """Return what msgpack can say: the nearest float where an integer has more than its 64 bits."""
+    match part:
+        case dict():
+            return {key: _narrow(value) for key, value in part.items()}
+        case list() | tuple():
+            return [_narrow(value) for value in part]
+        case int() if not -(2**63) <= part < 2**64:
+            limit = int(sys.float_info.max)
+            return float(min(max(part, -limit), limit))
+    return part
+
+
 def encode_frame(message: ToWorker | FromWorker) -> bytes:
     """Return `message` as one frame: 4 bytes of length, big-endian, then msgpack."""
-    body = _FRAME_ENCODER.encode(message)
+    try:
+        body = _FRAME_ENCODER.encode(message)
+    except OverflowError:  # a stranger's schema may hold any number
+        body = _FRAME_ENCODER.encode(_narrow(msgspec.to_builtins(message, builtin_types=(bytes,))))
     return _FRAME_HEAD.pack(len(body)) + body
 
 
@@ -12640,9 +12661,9 @@ SCHEMA_DEPTH: Final = 100  # steps of a path in it; llguidance reads JSON that i
 SCHEMA_PARTS: Final = 20_000
 SCHEMA_NAMES: Final = 2000  # properties of an object: the time to compile them grows with their square, 0.9 s for these
 SCHEMA_REFS: Final = 1000  # likewise
-LONGEST_INTEGER: Final = 10**17 - 1  # numbers end: a small model finds no end of digits by itself
+LONGEST_INTEGER: Final = 10**17 - 16  # numbers end, as a double has it: a small model finds no end of digits by itself
 SMALLEST_STEP: Final = 1e-9
-LARGEST_BOUND: Final = 10**18 - 1  # of integers, that llguidance holds
+LARGEST_BOUND: Final = 10**18 - 128  # that llguidance holds, as a double has it
 KEPT_GRAMMARS: Final = 32
 PLACES_TRIED: Final = 500  # parts of a schema that was refused
 JSON_OPTIONS: Final = {
@@ -12653,6 +12674,7 @@ JSON_OPTIONS: Final = {
     "coerce_one_of": True,  # an answer that fits two options fits one
     "lenient": False,
 }
+FROM_SCHEMA: Final = "failed to compile JSON schema: "  # behind which llguidance says what is wrong within a grammar
 ONE_OF_WARNING: Final = "oneOf not fully supported"  # llguidance's, of the option above
 
 # Keyword -> values that ask for nothing; of those in `_ANNOTATIONS` every value does.
@@ -12667,6 +12689,8 @@ _ASKS_NOTHING: Final[Mapping[str, tuple[object, ...]]] = {
 _ANNOTATIONS: Final = frozenset(
     "$schema $id $comment title description examples example deprecated readOnly writeOnly x-guidance".split()
 )
+_TUPLE: Final = {"items": "prefixItems", "additionalItems": "items"}  # of older drafts, zod, pydantic 1 -> of today
+_NO_TUPLE: Final = {"additionalItems": ""}  # asks for nothing there
 _FORMATS: Final = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid uri".split())  # that are held
 _KINDS_OF_KEYWORDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("properties", "patternProperties", "$defs", "definitions"), "an object of schemas"),
@@ -12676,9 +12700,11 @@ _KINDS_OF_KEYWORDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), "a number"),
     **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"), "a count"),
     "multipleOf": "a number above 0",
+    "type": "the name of a type, or a list of such names",
     "required": "a list of texts",
     "enum": "a list",
 }
+_TYPES: Final = frozenset("null boolean integer number string array object".split())
 _FITS: Final[Mapping[str, Callable[[object], bool]]] = {
     "an object of schemas": lambda value: isinstance(value, dict),
     "a list of schemas": lambda value: isinstance(value, list),
@@ -12689,6 +12715,9 @@ _FITS: Final[Mapping[str, Callable[[object], bool]]] = {
     "a count": lambda value: (number := _number_of(value)) is not None and number >= 0 and number == int(number),
     "a list of texts": lambda value: isinstance(value, list) and all(isinstance(text, str) for text in value),
     "a list": lambda value: isinstance(value, list),
+    "the name of a type, or a list of such names": lambda value: (
+        set(map(str, value if isinstance(value, list) else [value])) <= _TYPES
+    ),
 }
 
 Schema = dict[str, object]
@@ -12709,6 +12738,15 @@ def _number_of(value: object) -> float | None:
     """Return a value that is a finite number; None where it is none."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     return cast("float", value) if is_number else None
+
+
+def _inside(bound: float, sign: int) -> float:
+    """Return the bound that llguidance can hold, and keeps as a double: the nearest that allows no more."""
+    bound = bound if sign * bound <= LARGEST_BOUND else sign * LARGEST_BOUND
+    near = float(bound)
+    if isinstance(bound, int) and int(near) * sign > bound * sign:
+        near = math.nextafter(near, -sign * math.inf)
+    return int(near) if isinstance(bound, int) else bound
 
 
 def _is_merged(schema: Schema) -> bool:
@@ -12745,6 +12783,7 @@ class _SchemaReader:
         if len(where) > SCHEMA_DEPTH or self._parts > SCHEMA_PARTS:
             raise self._refuse(where[:8], "is too deep or too large; make it smaller, or use $ref")
         read: Schema = {}
+        names = _TUPLE if isinstance(schema.get("items"), list) else _NO_TUPLE
         for key, value in schema.items():
             if key in _ANNOTATIONS or (value is None and key not in ("const", "default")):
                 continue
@@ -12752,10 +12791,8 @@ class _SchemaReader:
                 continue
             if key == "format" and isinstance(value, str) and value not in _FORMATS:
                 continue  # an annotation, says JSON Schema
-            is_tuple = key == "items" and isinstance(value, list)  # as older drafts and zod write it
-            read["prefixItems" if is_tuple else key] = self._read_value(
-                "prefixItems" if is_tuple else key, value, (*where, key)
-            )
+            if keyword := names.get(key, key):
+                read[keyword] = self._read_value(keyword, value, (*where, key))
         self._settle(read)
         return read
 
@@ -12792,14 +12829,12 @@ class _SchemaReader:
         if read.keys() & {"const", "enum", "$ref", "multipleOf"} or not {"number", "integer"} & set(map(str, kinds)):
             return
         ends = ("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)
+        given = {key: bound for end in ends for key in end[:2] if (bound := _number_of(read.get(key))) is not None}
+        if all(abs(bound) <= LONGEST_INTEGER for bound in given.values()):
+            read |= {plain: sign * LONGEST_INTEGER for plain, other, sign in ends if not given.keys() & {plain, other}}
         for plain, exclusive, sign in ends:
-            bound = _number_of(read.get(plain, read.get(exclusive)))
-            if bound is None:
-                read[plain] = sign * LONGEST_INTEGER
-            elif isinstance(bound, int) and abs(bound) > LARGEST_BOUND and plain in read and bound * sign > 0:
-                read[plain] = sign * LARGEST_BOUND
-        given = [read[key] for names in ends for key in names[:2] if key in read]
-        if "number" in kinds and all(isinstance(one, (int, float)) and round(one, 9) == one for one in given):
+            read |= {key: _inside(given[key], sign) for key in (plain, exclusive) if key in given}
+        if "number" in kinds and all(round(bound, 9) == bound for bound in given.values()):
             read["multipleOf"] = SMALLEST_STEP
 
     @staticmethod
@@ -12822,7 +12857,7 @@ def _quote(character: str) -> str:
 
 # -- GBNF --
 
-GBNF_DEPTH: Final = 100
+GBNF_DEPTH: Final = 24  # llguidance bears 28
 GBNF_CHARACTERS: Final = 256 * 1024
 GBNF_REPEATS: Final = 2000  # llama.cpp's own limit
 _GBNF_SPACE: Final = re.compile(r"(?:[ \t]|#[^\r\n]*)*")
@@ -13114,16 +13149,31 @@ class Constrainer:
             grammar = self._render(constraint)
         except ValueError as error:  # JSON that is nested too deeply, in an `enum` perhaps
             raise _refuse_grammar(constraint, str(error)) from error
+        first, problem = self._match(grammar)
+        if problem and isinstance(constraint, LarkConstraint) and constraint.loose:
+            return self._compile(self._loosen(constraint))
+        if problem:
+            raise _refuse_grammar(constraint, problem, self._find_place(constraint, problem))
+        return first
+
+    def _match(self, grammar: str) -> tuple[Matcher, str]:
+        """Return a matcher at the start of a grammar, and what is wrong with that, if anything is."""
         state = self._guidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         first = Matcher(self, state)
         if not first.error:
             first.allowed()
-        problem = first.error or ("has no text that satisfies it" if first.failed else "")
-        warnings = state.get_grammar_warnings()
-        problem = problem or "; ".join(one for one in warnings if not one.startswith(ONE_OF_WARNING))
-        if problem:
-            raise _refuse_grammar(constraint, problem, self._find_place(constraint, problem))
-        return first
+        warnings = (one for one in state.get_grammar_warnings() if not one.startswith(ONE_OF_WARNING))
+        problem = first.error or ("has no text that satisfies it" if first.failed else "") or "; ".join(warnings)
+        return first, problem.rpartition(FROM_SCHEMA)[2]
+
+    def _loosen(self, constraint: LarkConstraint) -> LarkConstraint:
+        """Return a grammar without those of its loose schemas that cannot be held: what is left is their type."""
+        schemas = dict(constraint.schemas)
+        for name in constraint.loose:
+            schema = schemas[name]
+            if self._match(self._guidance.LLMatcher.grammar_from_json_schema(_encode_schema(schema, "tools")))[1]:
+                schemas[name] = {"type": schema["type"]} if isinstance(schema, dict) and "type" in schema else True
+        return msgspec.structs.replace(constraint, schemas=schemas, loose=[])
 
     def _find_place(self, constraint: Constraint, problem: str) -> str:
         """Return which part of a schema llguidance refuses for the same reason by itself; empty: only the whole."""
@@ -13135,22 +13185,21 @@ class Constrainer:
             case _:
                 return ""
         found = ""
-        for place, part in todo:  # grows while it is walked; what is deeper comes later
+        for place, part in () if _TOO_LARGE.match(problem) else todo:  # grows while it is walked; deeper comes later
             if len(todo) < PLACES_TRIED:
                 todo += [(f"{place}.{key}".lstrip("."), value) for key, value in _parts_of(part)]
             if place and isinstance(part, dict):
                 with contextlib.suppress(ValueError, LocalaidError):
                     grammar = self._guidance.LLMatcher.grammar_from_json_schema(_encode_schema(part, ""))
-                    state = self._guidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
-                    found = place if state.get_error().partition("\n")[0] == problem else found
+                    found = place if self._match(grammar)[1] == problem else found
         return found
 
     def _render(self, constraint: Constraint) -> str:
         """Return a constraint as llguidance's grammar."""
         make = self._guidance.LLMatcher
         match constraint:
-            case JsonConstraint(schema=schema):
-                return make.grammar_from_json_schema(_encode_schema(schema, "response_format"))
+            case JsonConstraint(schema=schema, param=param):
+                return make.grammar_from_json_schema(_encode_schema(schema, param))
             case GbnfConstraint(grammar=text):
                 return make.grammar_from_lark(GbnfReader(text, self._engine.find_token).read())
             case LarkConstraint(grammar=text, schemas=schemas, param=param):
@@ -13178,6 +13227,7 @@ def _parts_of(schema: object) -> Iterator[tuple[str, object]]:
                 yield from ((f"{key}.{place}", part) for place, part in enumerate(value))
 
 
+_TOO_LARGE: Final = re.compile("(panic|.*too (big|large)|.*fuel|.*TooComplex).*")
 # What llguidance says -> what that means to who wrote the schema.
 _REASONS: Final = (
     (
@@ -13185,11 +13235,10 @@ _REASONS: Final = (
         r"uses \1, which no grammar can enforce; remove it and check the answer",
     ),
     (re.compile("regex parse error.*"), "has a pattern that is wrong, or looks around or back; write it otherwise"),
-    (re.compile("NoExtensionBias.*"), "leads from a $ref to itself, so no answer ends; break the circle"),
-    (
-        re.compile("(panic|.*too (big|large)|.*fuel|.*TooComplex).*"),
-        "is too large or too complex to follow; make it smaller",
-    ),
+    (re.compile("NoExtensionBias.*"), "has a part that is nothing but itself, so no answer ends; break the circle"),
+    (re.compile("Failed to generate regex for .* range.*"), "has a bound that is too large to follow; leave it out"),
+    (re.compile("recursion limit exceeded.*"), "is nested too deeply; make it flatter"),
+    (_TOO_LARGE, "is too large or too complex to follow; make it smaller"),
     (re.compile(r"Resource '(.*)' is not present.*"), r"names \1, and nothing is fetched; put it under $defs"),
 )
 
@@ -13201,16 +13250,14 @@ def _refuse_grammar(constraint: Constraint, problem: str, where: str = "") -> Sc
         if found := pattern.match(problem):
             reason = found.expand(meaning).replace('"', "`")
             if not isinstance(constraint, GbnfConstraint):
-                param = constraint.param if isinstance(constraint, LarkConstraint) else "response_format"
-                return SchemaUnsupported(param=param, where=where, problem=reason)
-    match constraint:
-        case GbnfConstraint():
-            return GrammarInvalid(problem=reason)
-        case LarkConstraint(param=param):
-            return SchemaUnsupported(param=param, where=where, problem=f"cannot be followed ({reason}); simplify it")
-        case _ if "nsatisfiable" in problem:
-            return SchemaUnsupported(where=where, problem=f"is satisfied by no answer ({reason}); correct it")
-    return SchemaUnsupported(where=where, problem=f"cannot be followed ({reason}); simplify it")
+                return SchemaUnsupported(param=constraint.param, where=where, problem=reason)
+    if isinstance(constraint, GbnfConstraint):
+        return GrammarInvalid(problem=reason)
+    if "nsatisfiable" in problem:
+        return SchemaUnsupported(
+            param=constraint.param, where=where, problem=f"is satisfied by no answer ({reason}); correct it"
+        )
+    return SchemaUnsupported(param=constraint.param, where=where, problem=f"cannot be followed ({reason}); simplify it")
 
 
 # == 11b. EMBED: texts -> vectors and scores, on an engine's weights ===================================================
