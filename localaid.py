@@ -12659,8 +12659,7 @@ def render_tiny_model(width: int = 256) -> bytes:
 
 SCHEMA_DEPTH: Final = 100  # steps of a path in it; llguidance reads JSON that is 128 deep
 SCHEMA_PARTS: Final = 20_000
-SCHEMA_NAMES: Final = 2000  # properties of an object: the time to compile them grows with their square, 0.9 s for these
-SCHEMA_REFS: Final = 1000  # likewise
+SCHEMA_NAMES, SCHEMA_REFS = 2000, 1000  # properties of an object, $refs: time to compile grows with their square
 LONGEST_INTEGER: Final = 10**17 - 16  # numbers end, as a double has it: a small model finds no end of digits by itself
 SMALLEST_STEP: Final = 1e-9
 LARGEST_BOUND: Final = 10**18 - 128  # that llguidance holds, as a double has it
@@ -12744,7 +12743,7 @@ def _inside(bound: float, sign: int) -> float:
     """Return the bound that llguidance can hold, and keeps as a double: the nearest that allows no more."""
     bound = bound if sign * bound <= LARGEST_BOUND else sign * LARGEST_BOUND
     near = float(bound)
-    if isinstance(bound, int) and int(near) * sign > bound * sign:
+    if int(near) * sign > int(bound) * sign:
         near = math.nextafter(near, -sign * math.inf)
     return int(near) if isinstance(bound, int) else bound
 
@@ -12822,8 +12821,11 @@ class _SchemaReader:
         """Say what is left unsaid: what has properties is an object, which has no others, and numbers end."""
         if "properties" in read and not read.keys() & {"type", "$ref", "const", "enum", "anyOf", "oneOf", "allOf"}:
             read["type"] = "object"
-        if self._closes and "properties" in read:
-            self._close(read)
+        # JSON Schema allows any others; nobody wants them in an answer, and a small model finds no end of them.
+        if self._closes and "properties" in read and "patternProperties" not in read:
+            named = cast("Schema", read["properties"])
+            if named.keys() >= set(cast("list[str]", read.get("required", []))):
+                read.setdefault("additionalProperties", False)
         kinds = read.get("type")
         kinds = kinds if isinstance(kinds, list) else [kinds]
         if read.keys() & {"const", "enum", "$ref", "multipleOf"} or not {"number", "integer"} & set(map(str, kinds)):
@@ -12836,18 +12838,6 @@ class _SchemaReader:
             read |= {key: _inside(given[key], sign) for key in (plain, exclusive) if key in given}
         if "number" in kinds and all(round(bound, 9) == bound for bound in given.values()):
             read["multipleOf"] = SMALLEST_STEP
-
-    @staticmethod
-    def _close(read: Schema) -> None:
-        """Allow an object the properties that it names only, where that leaves it satisfiable.
-
-        JSON Schema allows any others where nothing is said; nobody who asks for an answer wants them, and a small model
-        finds no end of them.
-        """
-        named = cast("dict[str, object]", read["properties"])
-        needed = cast("list[str]", read.get("required", []))
-        if "patternProperties" not in read and set(needed) <= set(named):
-            read.setdefault("additionalProperties", False)
 
 
 def _quote(character: str) -> str:
@@ -13246,18 +13236,14 @@ _REASONS: Final = (
 def _refuse_grammar(constraint: Constraint, problem: str, where: str = "") -> SchemaUnsupported | GrammarInvalid:
     """Return llguidance's refusal of a constraint as an error with a remedy, which names the part at fault."""
     reason = problem.removeprefix("Unsatisfiable schema: ").rstrip(". ")[:200]
+    never, hardly = f"is satisfied by no answer ({reason}); correct it", f"cannot be followed ({reason}); simplify it"
+    said = never if "nsatisfiable" in problem else hardly
     for pattern, meaning in _REASONS:
         if found := pattern.match(problem):
-            reason = found.expand(meaning).replace('"', "`")
-            if not isinstance(constraint, GbnfConstraint):
-                return SchemaUnsupported(param=constraint.param, where=where, problem=reason)
+            reason = said = found.expand(meaning).replace('"', "`")
     if isinstance(constraint, GbnfConstraint):
         return GrammarInvalid(problem=reason)
-    if "nsatisfiable" in problem:
-        return SchemaUnsupported(
-            param=constraint.param, where=where, problem=f"is satisfied by no answer ({reason}); correct it"
-        )
-    return SchemaUnsupported(param=constraint.param, where=where, problem=f"cannot be followed ({reason}); simplify it")
+    return SchemaUnsupported(param=constraint.param, where=where, problem=said)
 
 
 # == 11b. EMBED: texts -> vectors and scores, on an engine's weights ===================================================
