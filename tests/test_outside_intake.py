@@ -30,7 +30,7 @@ async def is_well(served: Daemon) -> bool:
 
 def tool(schema: object) -> dict[str, object]:
     """Return a tool with these parameters, in chat's spelling."""
-    return {"type": "function", "function": {"name": "f", "parameters": schema}}
+    return {"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}
 
 
 MALFORMED: list[tuple[dict[str, object], str]] = [
