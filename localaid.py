@@ -5204,6 +5204,7 @@ TEXT_PART_TYPES: Final = ("text", "input_text", "output_text", "refusal")
 
 Unit = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+Temperature = Annotated[float, msgspec.Meta(ge=0, le=100)]  # beyond OpenAI's 2: with min_p it makes sense
 TokenCount = Annotated[int, msgspec.Meta(ge=-1, le=INT32_MAX)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=INT32_MAX)]
 Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
@@ -5383,7 +5384,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     """What chats and completions have in common; fields beyond OpenAI's have llama-server's names and meanings."""
 
     model: Annotated[str, msgspec.Meta(min_length=1)]
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    temperature: Temperature | None = None
     top_p: Unit | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1, le=INT32_MAX)] | None = None  # 0 and -1: off
     min_p: Unit | None = None
@@ -5428,7 +5429,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
     function_call: Literal["auto", "none"] | FunctionName | None = None  # the older word for `tool_choice`
 
     # Checked as OpenAI does, and of no effect here.
-    metadata: Annotated[dict[str, str], msgspec.Meta(max_length=16)] | None = None
+    metadata: dict[str, object] | None = None  # the client's own
     store: bool | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
@@ -5545,7 +5546,13 @@ def decode_body(decoder: msgspec.json.Decoder[BodyT], body: bytes) -> BodyT:
         raise BadRequest(param=None, problem="is empty")
     try:
         body.decode()  # msgspec leaves the strings of unknown fields unread
-        return decoder.decode(body)
+        body = _mend_surrogates(body.removeprefix(codecs.BOM_UTF8))
+        try:
+            return decoder.decode(body)
+        except msgspec.ValidationError as error:
+            if "got `float`" not in str(error):
+                raise
+            return decoder.decode(msgspec.json.encode(_whole_numbers(msgspec.json.decode(body))))
     except UnicodeDecodeError as error:
         raise BadRequest(param=None, problem=f"is not UTF-8 at byte {error.start}") from error
     except RecursionError as error:
@@ -5554,6 +5561,30 @@ def decode_body(decoder: msgspec.json.Decoder[BodyT], body: bytes) -> BodyT:
         raise _explain(str(error), decoder.type) from error
     except msgspec.DecodeError as error:
         raise BadRequest(param=None, problem=f"is not JSON ({error})") from error
+
+
+_SURROGATES: Final = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\."
+)
+
+
+def _mend_surrogates(body: bytes) -> bytes:
+    """Return JSON with U+FFFD for each half of a character, which a client has torn from the other one."""
+    if b"\\ud" not in body and b"\\uD" not in body:
+        return body
+    return _SURROGATES.sub(lambda found: b"\\ufffd" if found[1] else found[0], body)
+
+
+def _whole_numbers(value: object) -> object:
+    """Return JSON in which 4.0 is 4: to JSON they are the same number."""
+    match value:
+        case float() if value.is_integer() and abs(value) < 2**53:
+            return int(value)
+        case dict():
+            return {key: _whole_numbers(part) for key, part in value.items()}
+        case list():
+            return [_whole_numbers(part) for part in value]
+    return value
 
 
 def top_logprobs_of(request: GenerationRequest) -> int | None:
@@ -5727,6 +5758,7 @@ def _explain(text: str, body: object) -> BadRequest:
         problem = f"must be {wanted}, not {_TYPE_WORDS.get(found[2], found[2])}"
     elif found := _WRONG_RANGE.search(text):
         unit = _LENGTH_WORDS[found[1]] if found[2] else ""
+        unit = unit.removesuffix("s") if found[4] == "1" and unit != " entries" else unit
         problem = f"must {'have' if unit else 'be'} {_RANGE_WORDS[found[3]]} {found[4].removesuffix('.0')}{unit}"
     elif found := _WRONG_VALUE.search(text):
         keys = _PLACE_KEY.findall(place[1]) if place else []
@@ -6696,7 +6728,7 @@ class ResponseRequest(msgspec.Struct, kw_only=True):
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    temperature: Temperature | None = None
     top_p: Unit | None = None
     max_output_tokens: Annotated[int, msgspec.Meta(ge=1, le=INT32_MAX)] | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None

@@ -292,7 +292,7 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AA"}
         ({"text": {"verbosity": "huge"}}, "text.verbosity", "huge"),
         ({"text": ANY_OBJECT, "tools": [WEATHER], "tool_choice": "required"}, "text.format", "`text.format`"),
         ({"reasoning": {"effort": "wild"}}, "reasoning.effort", "wild"),
-        ({"temperature": 3}, "temperature", "at most 2"),
+        ({"temperature": 101}, "temperature", "at most 100"),
         ({"top_p": 1.5}, "top_p", "at most 1"),
         ({"top_logprobs": 21}, "top_logprobs", "at most 20"),
         ({"max_output_tokens": 0}, "max_output_tokens", "at least 1"),
