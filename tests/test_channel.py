@@ -134,7 +134,6 @@ def test_an_index_that_is_none(document: bytes, problem: str) -> None:
         ("a.py",),
         ("index.json",),
         ("a.yaml.minisig",),
-        ("a.YAML",),
         ("a.part/b.yaml",),
         ("a-partial/b.yaml",),
         ("a/b/c/d/e.yaml",),
