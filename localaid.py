@@ -3333,7 +3333,10 @@ class ConfigSet:
 
 
 class _Candidate(NamedTuple):
-    """A rule as it stands for one (path, name): its SHAs, without those that a higher layer replaces."""
+    """A rule as it stands for one (path, name), and which of its SHAs a higher layer claims too.
+
+    That layer's rule is looked at first, so it has them, save where it does not serve the path and this one does.
+    """
 
     rule: Rule
     shas: tuple[str, ...]
@@ -3423,10 +3426,8 @@ class Table:  # noqa: PLW1641 (rules hold dicts and have no hash)
             replaced = tuple(
                 (sha, owners[sha]) for sha in rule.shas if sha in owners and owners[sha].layer != rule.layer
             )
-            gone = {sha for sha, _ in replaced}
-            shas = tuple(sha for sha in rule.shas if sha not in gone) if gone else rule.shas
-            found.append(_Candidate(rule, shas, replaced))
-            for sha in shas:
+            found.append(_Candidate(rule, rule.shas, replaced))
+            for sha in rule.shas:
                 owners.setdefault(sha, rule)
         self._candidates[key] = tuple(found)
         return self._candidates[key]
@@ -3595,7 +3596,8 @@ def _explain_rule(rule: Rule, reasons: tuple[str, ...], *, is_chosen: bool) -> E
 def _reasons(resolution: Resolution, candidate: _Candidate) -> tuple[str, ...]:
     """Return why a rule was passed over, SHA by SHA."""
     reasons = [f"{sha}: replaced by {_where(owner)}" for sha, owner in candidate.replaced]
-    for sha in candidate.shas:
+    claimed = {sha for sha, _ in candidate.replaced}
+    for sha in (sha for sha in candidate.shas if sha not in claimed):
         fit = resolution.fit(candidate, sha)
         why = [f"{file.relative} cannot: {file.problem or 'not a model for this path'}" for file in fit.unfit]
         if fit.hashing:

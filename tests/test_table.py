@@ -221,7 +221,7 @@ def test_a_file_name_may_look_like_a_glob() -> None:
 
 
 def test_a_higher_layer_replaces_a_combination() -> None:
-    """For the same (path, name, SHA) the lower entry is gone; its other SHAs, names and paths stay."""
+    """For the same (path, name, SHA) the lower entry comes second; its other SHAs, names and paths stay."""
     table = table_of(
         f"{{name: x, shas: {sha('a')}, paths: [v1/chat]}}",
         ("shipped", f"{{name: x, model_names: [x, y], shas: [{sha('a')}, {sha('b')}]}}"),
@@ -229,7 +229,7 @@ def test_a_higher_layer_replaces_a_combination() -> None:
     user, shipped = table.rules
     assert [(found.rule, found.shas) for found in table.candidates(CHAT, "x")] == [
         (user, (sha("a"),)),
-        (shipped, (sha("b"),)),
+        (shipped, (sha("a"), sha("b"))),  # where the user's rule does not serve the path
     ]
     assert table.candidates(CHAT, "x")[1].replaced == ((sha("a"), user),)
     assert [found.shas for found in table.candidates(COMPLETIONS, "x")] == [(sha("a"), sha("b"))]
@@ -791,7 +791,11 @@ def test_a_combination_has_one_owning_layer(rules: list[Rule]) -> None:
         candidates = table.candidates(path, name) if any(rule.shas for rule in named) else ()
         for key in SHAS:
             claiming = {LAYERS.index(rule.layer) for rule in named if key in rule.shas}
-            kept = {LAYERS.index(found.rule.layer) for found in candidates if key in found.shas}
+            kept = {
+                LAYERS.index(found.rule.layer)
+                for found in candidates
+                if key in found.shas and key not in {claimed for claimed, _ in found.replaced}
+            }
             assert kept == ({min(claiming)} if claiming else set())
 
 
