@@ -18403,6 +18403,12 @@ class Supervisor:
                 tasks.append(owner.task)
         await asyncio.gather(*tasks)
 
+    def kill(self) -> None:
+        """End all workers now."""
+        for owner in self._owners.values():
+            if owner.process is not None and owner.process.pid is not None:
+                owner.process.kill("was ended: localaid was told to stop at once")
+
     # -- for the owners --
 
     def tell(self) -> None:
@@ -20671,7 +20677,9 @@ def load_memory_bytes() -> int:
         for folder in (at, *at.parents):
             with contextlib.suppress(OSError, ValueError):  # no limit there ("max"), or above the cgroup's root
                 limit = int((folder / "memory.max").read_text())
-                limits.append(limit - int((folder / "memory.current").read_text()))
+                used = int((folder / "memory.current").read_text())
+                stats = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                limits.append(limit - used + int(stats.get("inactive_file", 0)))  # the page cache gives way
     return max(0, min(limits))
 
 
@@ -21144,7 +21152,7 @@ class Daemon:
         """Serve until SIGTERM or SIGINT."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+            loop.add_signal_handler(number, self._note_stop, number)
         loop.add_signal_handler(signal.SIGHUP, self.reload_settings)
         if self._passed.watchdog_s is not None:
             self._feed_watchdog(self._passed.watchdog_s / 2)
@@ -21260,6 +21268,13 @@ class Daemon:
         except OSError as error:
             raise CannotListen(where=where, problem=error.strerror or str(error)) from error
 
+    def _note_stop(self, number: signal.Signals) -> None:
+        """Stop; somebody at a terminal who cannot wait for running answers sends a second SIGINT."""
+        if self._stop.is_set() and number == signal.SIGINT:
+            DAEMON_LOG.warning("stops at once: what runs is broken off")
+            self.supervisor.kill()
+        self._stop.set()
+
     async def _end(self, runner: web.AppRunner, configs: asyncio.Task[None]) -> None:
         """Stop in order: no new requests, running ones to their end, workers, connections, watches.
 
@@ -21268,6 +21283,8 @@ class Daemon:
         """
         self.is_draining = True
         limit_s = self.settings.drain_s
+        if running := sum(worker.running for worker in self.supervisor.status().workers):
+            log_always(DAEMON_LOG, f"stops: {running} running requests have {limit_s:g} s; a second Ctrl-C ends them")
         self._notify(f"STOPPING=1\nEXTEND_TIMEOUT_USEC={int((limit_s + END_S) * 1e6)}")
         self._tell_status()
         await self.updater.stop()
@@ -21319,7 +21336,9 @@ class Daemon:
 SETTINGS_STEPS: Final[Mapping[str, Callable[[Daemon, Settings], None]]] = {  # what can change while the daemon runs
     "queue_size": lambda daemon, new: setattr(daemon.supervisor, "queue_size", new.queue_size),
     "keep_alive_s": lambda daemon, new: setattr(daemon.supervisor, "keep_alive_s", new.keep_alive_s),
-    "memory": lambda daemon, new: daemon.supervisor.resize(_budget_bytes(new.memory)),
+    "memory": lambda daemon, new: daemon.supervisor.resize(
+        _budget_bytes(new.memory, daemon.supervisor.table.used_bytes)
+    ),
     "stall_s": lambda daemon, new: setattr(daemon.supervisor, "stall_s", new.stall_s),
     "downloads": lambda daemon, new: daemon.puller.resize(new.downloads),
     "allow_http": lambda daemon, new: setattr(daemon.puller, "allow_http", new.allow_http),
@@ -21371,10 +21390,11 @@ async def _let_connections_in() -> None:
         await asyncio.sleep(0)
 
 
-def _budget_bytes(memory: MemoryBudget) -> int:
+def _budget_bytes(memory: MemoryBudget, used_bytes: int = 0) -> int:
+    """Return the budget; `used_bytes`: what models use already, which would be available without them."""
     if memory.size_bytes is not None:
         return memory.size_bytes
-    return int(load_memory_bytes() * (memory.share or 0.0))
+    return int((load_memory_bytes() + used_bytes) * (memory.share or 0.0))
 
 
 def _render_host(host: str) -> str:
