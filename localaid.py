@@ -14276,6 +14276,7 @@ def _sync_folder(folder: Path) -> None:
 # a load finds changed is doubted and waited for.  A split model is one entry, under the path and SHA of its first part
 # (what is published of such a model is one SHA a part), served when all parts are whole and agree.
 
+MISNAMED: Final = "its name is not UTF-8; rename it"
 INDEX_LOG: Final = logging.getLogger("localaid.index")
 
 
@@ -15078,7 +15079,10 @@ class ModelIndex:
         there = {stamp.identity for path, stamp in snapshot.files.items() if path not in snapshot.leaving}
         moved = {path for path in snapshot.leaving if snapshot.files[path].identity in there}
         left_out = moved | snapshot.special
-        self._misnamed = {path for path in snapshot.files.keys() - moved if show_name(path) != path}
+        misnamed = {path for path in snapshot.files.keys() - moved if show_name(path) != path}
+        for path in sorted(misnamed - self._misnamed):
+            INDEX_LOG.warning("%s: %s", show_name(path), MISNAMED)
+        self._misnamed = misnamed
         for path, stamp in (snapshot.files | incomplete).items():
             if path not in left_out and path not in self._manifests and _may_be_model(path):
                 self._files[path] = stamp
@@ -15360,7 +15364,7 @@ class _Listing:
                 self._add(file, info, f"it is a part of a split model, which llama.cpp finds by a name like {wanted}")
         for path in misnamed:
             relative = show_name(path[len(self._root_of(path)) + 1 :])
-            problem = "its name is not UTF-8; rename it"
+            problem = MISNAMED
             self.entries.append(FileEntry(path=show_name(path), relative=relative, sha256=None, problem=problem))
         self.warnings = tuple(self._find_idle_aliases())
 
@@ -20759,7 +20763,7 @@ class ConfigLayers:
         """Read and parse one file."""
         shown = show_name(file)
         if shown != file:
-            problem = ConfigProblem(shown, "", "its name is not UTF-8; rename it")
+            problem = ConfigProblem(shown, "", MISNAMED)
             return self.set.problems(file, layer, (problem,))
         self._uses.setdefault(file, frozenset())
         try:

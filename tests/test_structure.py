@@ -94,7 +94,7 @@ LONG_SECTIONS: dict[str, tuple[int, str]] = {  # section -> (its own limit, why 
     "CONFIG": (1540, "three spellings, the kind and limits of every field, and the exact place of every mistake"),
     "TABLE": (900, "the table, and the explanation of what it does"),
     "GGUF": (600, "a reader that takes nothing from a stranger's header on trust"),
-    "API": (1110, "structs of every request and answer in OpenAI's shape, a field a line"),
+    "API": (1150, "structs of every request and answer in OpenAI's shape, a field a line"),
     "RESPONSES": (870, "structs of a large API, a field a line, and the one machine that makes answers and events"),
     "ANTHROPIC": (660, "structs of an API, a field a line, and the one machine that makes answers and events"),
     "TOOLS": (1150, "seventeen formats of calls, seven of reasoning: what to look for, reader, writer, grammar"),
@@ -106,11 +106,11 @@ LONG_SECTIONS: dict[str, tuple[int, str]] = {  # section -> (its own limit, why 
     "FETCH": (870, "the folder of sets, the fetch of one with all that can go wrong, and who says when"),
     "PULL": (930, "a download with its mirrors and all their faults, the journal, and the line of those that wait"),
     "INDEX": (1190, "the folder watch, the hash threads, the digest cache and the listing, which share their structs"),
-    "SUPERVISOR": (1110, "one owner for each worker from its queue to its process's end"),
+    "SUPERVISOR": (1120, "one owner for each worker from its queue to its process's end"),
     "HTTP": (750, "how a request is resolved, waits, streams, and is told of"),
     "ROUTES": (550, "a row a route, and the handlers of what the daemon tells of itself"),
     "DOCTOR": (530, "a function for each thing that is looked at"),
-    "DAEMON": (985, "every step of start, reload and stop, by name"),
+    "DAEMON": (970, "every step of start, reload and stop, by name"),
     "CLI": (850, "one function a command, and the parser of them all"),
 }
 
