@@ -18551,6 +18551,7 @@ class Visit:
     route: str = "other"  # its route's path, as metrics have it
     key: ApiKey | None = None  # None: there are no keys, or none is needed here
     tally: Tally | None = None  # None: it has not come as far as a model
+    body: bytes | None = None  # as it came, unpacked: a request is tried again where its model's file is removed
     stream: web.StreamResponse | None = None  # of its answer, where that was opened to wait for a download
     render_failure: Callable[[LocalaidError], bytes] = render_sse_error  # in that stream
 
@@ -19102,6 +19103,8 @@ async def receive_body(state: State, http: web.Request) -> bytes:
 
     Raises `EncodingUnsupported`, `BodyTooSlow`, and `BodyTooLarge` before more than the limit is in memory.
     """
+    if (known := http[VISIT].body) is not None:
+        return known
     limit_bytes, limit_s = state.settings.body_limit_bytes, state.settings.body_timeout_s
     unpacker = Unpacker(http.headers.get("Content-Encoding", "").strip().lower(), limit_bytes)
     if (http.content_length or 0) > limit_bytes:
@@ -19112,7 +19115,7 @@ async def receive_body(state: State, http: web.Request) -> bytes:
                 unpacker.push(piece)
     except TimeoutError:
         raise BodyTooSlow(limit_s=limit_s) from None
-    body = unpacker.finish()
+    body = http[VISIT].body = unpacker.finish()
     if state.settings.log_prompts:
         http[VISIT].line.prompt = body[:TEXT_LIMIT].decode("utf-8", "replace")
     return body
@@ -19509,7 +19512,7 @@ async def retry_removed(answer: Callable[[], Awaitable[web.StreamResponse]]) -> 
 async def handle_chat(state: State, http: web.Request) -> web.StreamResponse:
     """POST /v1/chat/completions."""
     request = parse_chat_request(await read_body(state, http))
-    return await retry_removed(functools.partial(answer_chat, state, http, request))
+    return await answer_chat(state, http, request)
 
 
 async def answer_chat(state: State, http: web.Request, request: ChatRequest) -> web.StreamResponse:
@@ -19533,7 +19536,7 @@ async def answer_chat(state: State, http: web.Request, request: ChatRequest) -> 
 async def handle_completions(state: State, http: web.Request) -> web.StreamResponse:
     """POST /v1/completions."""
     request = parse_completion_request(await read_body(state, http))
-    return await retry_removed(functools.partial(answer_completion, state, http, request))
+    return await answer_completion(state, http, request)
 
 
 async def answer_completion(state: State, http: web.Request, request: CompletionRequest) -> web.StreamResponse:
@@ -19579,7 +19582,8 @@ async def run_task(
             reply = await generation.reply(kind)
         finally:
             http[VISIT].line.queue_s = generation.queue_s
-    http[VISIT].tally = Tally(prompt_tokens=reply.tokens if isinstance(reply.tokens, int) else len(reply.tokens))
+    if isinstance(reply, Embedded | Ranked):  # whoever only counts tokens has used none
+        http[VISIT].tally = Tally(prompt_tokens=reply.tokens)
     return Done(reply, explain_headers(resolution) if _wants_headers(http) else {})
 
 
@@ -19589,7 +19593,7 @@ async def run_task(
 async def handle_embeddings(state: State, http: web.Request) -> web.StreamResponse:
     """POST /v1/embeddings."""
     request = parse_embedding_request(await read_body(state, http))
-    return await retry_removed(functools.partial(answer_embeddings, state, http, request))
+    return await answer_embeddings(state, http, request)
 
 
 async def answer_embeddings(state: State, http: web.Request, request: EmbeddingRequest) -> web.StreamResponse:
@@ -19610,7 +19614,7 @@ async def answer_embeddings(state: State, http: web.Request, request: EmbeddingR
 async def handle_rerank(state: State, http: web.Request) -> web.StreamResponse:
     """POST /v1/rerank."""
     request = parse_rerank_request(await read_body(state, http))
-    return await retry_removed(functools.partial(answer_rerank, state, http, request))
+    return await answer_rerank(state, http, request)
 
 
 async def answer_rerank(state: State, http: web.Request, request: RerankRequest) -> web.StreamResponse:
@@ -19769,7 +19773,7 @@ class ResponseDialect:
 async def handle_responses(state: State, http: web.Request) -> web.StreamResponse:
     """POST /v1/responses."""
     request = parse_response_request(await read_body(state, http))
-    return await retry_removed(functools.partial(answer_response, state, http, request))
+    return await answer_response(state, http, request)
 
 
 async def answer_response(state: State, http: web.Request, request: ResponseRequest) -> web.StreamResponse:
@@ -19913,7 +19917,7 @@ class MessageDialect:
 async def handle_messages(state: State, http: web.Request) -> web.StreamResponse:
     """POST /v1/messages."""
     request, chat = parse_message_request(await read_body(state, http))
-    return await retry_removed(functools.partial(answer_message, state, http, request, chat))
+    return await answer_message(state, http, request, chat)
 
 
 async def answer_message(
@@ -19933,7 +19937,7 @@ async def answer_message(
 async def handle_count_tokens(state: State, http: web.Request) -> web.StreamResponse:
     """POST /v1/messages/count_tokens: how many tokens a request's prompt is."""
     chat = parse_count_request(await read_body(state, http))
-    return await retry_removed(functools.partial(answer_count, state, http, chat))
+    return await answer_count(state, http, chat)
 
 
 async def answer_count(state: State, http: web.Request, chat: ChatRequest) -> web.StreamResponse:
@@ -20016,7 +20020,7 @@ async def serve_route(state: State, route: Route, http: web.Request) -> web.Stre
     if state.is_draining and route.access == "key":
         await receive_body(state, http)  # else closing the connection would reset it, and the answer might not arrive
         raise ShuttingDown
-    return await route.handle(state, http)
+    return await retry_removed(functools.partial(route.handle, state, http))
 
 
 # -- models --
@@ -20406,6 +20410,7 @@ ROUTES: Final = (
     Route("POST", EMBEDDINGS, handle_embeddings, "Vectors of texts", EmbeddingRequest, EmbeddingList),
     Route("POST", RERANK, handle_rerank, "Order documents by relevance", RerankRequest, RerankList),
     Route("POST", "/v1/reranking", handle_rerank, "As /v1/rerank: llama-server's name", RerankRequest, RerankList),
+    Route("POST", "/v2/rerank", handle_rerank, "As /v1/rerank: Cohere's name", RerankRequest, RerankList),
     Route("POST", "/tokenize", handle_tokenize, "Text as tokens", TokenizeRequest, TokenList),
     Route("POST", "/detokenize", handle_detokenize, "Tokens as text", DetokenizeRequest, DetokenizedText),
     Route("POST", "/apply-template", handle_apply_template, "A chat as text", ChatRequest, RenderedTemplate),

@@ -217,6 +217,31 @@ async def test_routes_that_programs_ask_first(shared: Daemon) -> None:
         assert (await ask(shared, "HEAD", path))[0] == 200
 
 
+async def test_rerank_under_all_its_names(shared: Daemon) -> None:
+    """Jina's, llama-server's, Cohere's."""
+    body = {"model": "tiny-reranker", "query": "a", "documents": ["a", "b"]}
+    for path in ("/v1/rerank", "/rerank", "/v1/reranking", "/v2/rerank"):
+        assert (await ask(shared, "POST", path, body))[0] == 200, path
+
+
+async def test_counting_tokens_uses_none(daemon: StartDaemon, tiny_llama: Path) -> None:
+    """In /metrics there are only those that a model has read for an answer."""
+    served = daemon([tiny_llama], settings=LOAD)
+    messages = [{"role": "user", "content": "hi"}]
+    for path, body in (
+        ("/tokenize", {"content": "hello there"}),
+        ("/detokenize", {"tokens": [300, 301]}),
+        ("/apply-template", {"messages": messages}),
+        ("/v1/messages/count_tokens", {"messages": messages}),
+        ("/v1/responses/input_tokens", {"input": "hi"}),
+    ):
+        assert (await ask(served, "POST", path, body))[0] == 200, path
+    metrics = (await ask(served, "GET", "/metrics"))[2]
+    assert 'kind="prompt"' not in metrics
+    assert (await ask(served, "POST", "/v1/completions", TEXT))[0] == 200
+    assert 'kind="prompt"' in (await ask(served, "GET", "/metrics"))[2]
+
+
 async def test_a_wrong_method_is_told_the_right_one(shared: Daemon) -> None:
     """In words and in `Allow`."""
     for path in ("/v1/chat/completions", "/chat/completions", "/v1/messages"):
