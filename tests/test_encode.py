@@ -99,7 +99,7 @@ def test_many_inputs(client: openai.OpenAI) -> None:
     ("body", "param", "code", "text"),
     [
         ({"input": ""}, "input", "invalid_value", "must not be empty"),
-        ({"input": []}, "input", "invalid_value", "at least 1 items"),
+        ({"input": []}, "input", "invalid_value", "at least 1 item"),
         ({"input": ["a", ""]}, "input[1]", "invalid_value", "must not be empty"),
         ({"input": ["a", 3]}, "input", "invalid_value", "lists of token ids"),
         ({"input": "a", "dimensions": 385}, "dimensions", "invalid_value", "at most 384"),
