@@ -229,7 +229,7 @@ def test_openai_errors(client: openai.OpenAI) -> None:
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as wrong:
         client.chat.completions.create(
-            model="gpt-4o-mini", messages=[{"role": "user", "content": "Hello."}], temperature=9
+            model="gpt-4o-mini", messages=[{"role": "user", "content": "Hello."}], temperature=101
         )
     assert wrong.value.param == "temperature"
     with pytest.raises(openai.BadRequestError) as long:

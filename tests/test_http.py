@@ -485,7 +485,7 @@ async def test_headers_tell_where_a_request_went_when_asked(http: aiohttp.Client
         (CHAT, b'{"model": "\xff"}', 400, "invalid_value", None, "UTF-8"),
         (CHAT, {"model": NAME, "messages": []}, 400, "invalid_value", "messages", ""),
         (CHAT, {"model": NAME, "temperature": "hot"}, 400, "invalid_value", "temperature", ""),
-        (CHAT, {"model": NAME, "temperature": 3}, 400, "invalid_value", "temperature", ""),
+        (CHAT, {"model": NAME, "temperature": 101}, 400, "invalid_value", "temperature", ""),
         (CHAT, {"model": NAME, "n": 0}, 400, "invalid_value", "n", ""),
         (CHAT, {"model": NAME, "stop": ["x"] * 17}, 400, "invalid_value", "stop", ""),
         (CHAT, {"model": NAME, "echo": True, "tools": [{}]}, 400, "invalid_value", "tools", ""),
